@@ -1,0 +1,4 @@
+"Everything that users of fastai_l2rw need, for `from fastai_l2rw.all import *`."
+from fastai_l2rw.reweight import *
+from fastai_l2rw.callback import *
+from fastai_l2rw.metrics import *

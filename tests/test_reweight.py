@@ -1,0 +1,296 @@
+"The algorithm against independent computations, and the traces that it must not leave."
+import copy, random
+import numpy as np, pytest, torch
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models import resnet18
+
+from fastai_l2rw.reweight import *
+
+cross_entropy = nn.CrossEntropyLoss(reduction='none')
+
+def images(n, size=8): return torch.randn(n, 3, size, size), torch.randint(0, 4, (n,))
+def sequences(n): return torch.randn(n, 6, 16), torch.randint(0, 4, (n,))
+
+class LSTMClassifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm,self.head = nn.LSTM(16, 12, num_layers=2, batch_first=True, dropout=0.3), nn.Linear(12, 4)
+    def forward(self, x): return self.head(self.lstm(x)[0][:, -1])
+
+class TransformerClassifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.1, batch_first=True)
+        self.encoder,self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(16, 4)
+    def forward(self, x): return self.head(self.encoder(x).mean(1))
+
+def cnn(*extra):
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), *extra, nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+models = dict(
+    mlp=(lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.Tanh(), nn.Linear(32, 4)), images),
+    cnn=(cnn, images),
+    resnet18=(lambda: resnet18(num_classes=4), lambda n: images(n, 32)),
+    dropout=(lambda: cnn(nn.Dropout2d(0.3), nn.Dropout(0.3)), images),
+    transformer=(TransformerClassifier, sequences),
+    lstm=(LSTMClassifier, sequences),
+)
+
+def setting(kind, dtype=torch.float32, n=16, m=6):
+    "A model in training mode, a training batch and a trusted batch."
+    torch.manual_seed(0)
+    make_model,make_data = models[kind]
+    model = make_model().to(dtype).train()
+    batches = [(x.to(dtype), y) for x,y in (make_data(n), make_data(m))]
+    return model,*batches
+
+def relative_difference(a, b): return ((a - b).abs().max() / b.abs().max()).item()
+
+# ---- exactness
+
+@pytest.mark.parametrize('dtype,tolerance', [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize('engine', ['forward', 'reverse'])
+@pytest.mark.parametrize('kind', models)
+def test_engines_equal_the_paper_taken_literally(kind, engine, dtype, tolerance):
+    model,batch,meta_batch = setting(kind, dtype)
+    expected = unrolled_weights(model, cross_entropy, batch, meta_batch)
+    weights = example_weights(model, cross_entropy, batch, meta_batch, engine=engine)
+    assert weights.dtype == dtype and (weights > 0).sum() > 1
+    assert relative_difference(weights, expected) < tolerance
+
+@pytest.mark.parametrize('kind', ['mlp', 'cnn', 'resnet18'])
+def test_alignment_is_the_inner_product_of_gradients(kind):
+    "One ordinary backward pass per example. In a batch norm an example's loss depends on the whole batch, so it stays in one piece."
+    model,(x,y),(xm,ym) = setting(kind, torch.float64)
+    params = list(model.parameters())
+    v = torch.autograd.grad(F.cross_entropy(model(xm), ym), params)
+    losses = cross_entropy(model(x), y)
+    expected = torch.stack([sum((a*b).sum() for a,b in zip(v, torch.autograd.grad(l, params, retain_graph=True))) for l in losses])
+    direction,loss = meta_gradient(model, cross_entropy, (xm, ym))
+    assert torch.allclose(loss, F.cross_entropy(model(xm), ym))
+    for engine in ('forward', 'reverse'):
+        assert relative_difference(alignment(model, cross_entropy, (x, y), direction, engine), expected) < 1e-10
+
+def test_finite_differences_of_a_literal_step():
+    "Weigh one example a little more, take the step with torch.optim, look at the trusted loss."
+    model,(x,y),(xm,ym) = setting('mlp', torch.float64)
+    lr,h = 0.1,1e-4
+    def trusted_loss_after(epsilon):
+        stepped = copy.deepcopy(model)
+        (epsilon * cross_entropy(stepped(x), y)).sum().backward()
+        torch.optim.SGD(stepped.parameters(), lr).step()
+        return F.cross_entropy(stepped(xm), ym).item()
+    unit = torch.eye(len(x), dtype=torch.float64)
+    u = torch.tensor([-(trusted_loss_after(h*e) - trusted_loss_after(-h*e)) / (2*h) for e in unit], dtype=torch.float64)
+    direction = scale_gradient(meta_gradient(model, cross_entropy, (xm, ym))[0], lr)
+    assert relative_difference(alignment(model, cross_entropy, (x, y), direction), u) < 1e-6
+
+def test_dropout_masks_are_those_of_the_next_forward_pass():
+    model,(x,y),(xm,ym) = setting('dropout', torch.float64)
+    direction,_ = meta_gradient(model.eval(), cross_entropy, (xm, ym))
+    model.train()
+    u = alignment(model, cross_entropy, (x, y), direction)
+    losses = cross_entropy(model(x), y)
+    params = list(model.parameters())
+    expected = [sum((g*v).sum() for g,v in zip(torch.autograd.grad(l, params, retain_graph=True), direction.values())) for l in losses]
+    assert relative_difference(u, torch.stack(expected)) < 1e-10
+
+def test_forward_engine_is_the_jvp_of_torch_func():
+    model,(x,y),meta_batch = setting('mlp')
+    direction,_ = meta_gradient(model, cross_entropy, meta_batch)
+    params = {k: p.detach() for k,p in model.named_parameters()}
+    _,expected = torch.func.jvp(lambda p: cross_entropy(torch.func.functional_call(model, p, (x,)), y), (params,), (direction,))
+    assert relative_difference(alignment(model, cross_entropy, (x, y), direction), expected) < 1e-6
+
+def test_learning_rates_and_a_subset_of_parameters():
+    model,batch,meta_batch = setting('cnn', torch.float64)
+    names = ['2.weight', '6.weight', '6.bias']
+    rates = dict(zip(names, (1., 0.01, 3.)))
+    expected = unrolled_weights(model, cross_entropy, batch, meta_batch, names, rates)
+    assert relative_difference(expected, unrolled_weights(model, cross_entropy, batch, meta_batch)) > 1e-2
+    for engine in ('forward', 'reverse'):
+        assert relative_difference(example_weights(model, cross_entropy, batch, meta_batch, names, rates, engine), expected) < 1e-10
+
+def test_frozen_parameters_are_left_out():
+    model,batch,meta_batch = setting('cnn', torch.float64)
+    trainable = [k for k,_ in model.named_parameters()][2:]
+    expected = unrolled_weights(model, cross_entropy, batch, meta_batch, trainable)
+    for p in list(model.parameters())[:2]: p.requires_grad_(False)
+    assert set(meta_gradient(model, cross_entropy, meta_batch)[0]) == set(trainable)
+    assert relative_difference(example_weights(model, cross_entropy, batch, meta_batch), expected) < 1e-10
+
+def test_tied_and_unused_parameters():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b,self.unused,self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(3, 3), nn.Linear(16, 4)
+            self.b.weight = self.a.weight
+        def forward(self, x): return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))).mean(1))
+    torch.manual_seed(0)
+    model = Tied().double()
+    batch,meta_batch = [(x.double(), y) for x,y in (sequences(8), sequences(6))]
+    expected = unrolled_weights(model, cross_entropy, batch, meta_batch)
+    for engine in ('forward', 'reverse'):
+        assert relative_difference(example_weights(model, cross_entropy, batch, meta_batch, engine=engine), expected) < 1e-10
+
+def test_several_inputs_and_targets():
+    class TwoIn(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.b = nn.Linear(3, 4), nn.Linear(5, 4)
+        def forward(self, x, z): return self.a(x) + self.b(z), self.a(x)
+    def loss_func(out, y, t): return cross_entropy(out[0], y) + F.mse_loss(out[1], t, reduction='none').mean(1)
+    torch.manual_seed(0)
+    model = TwoIn().double()
+    def data(n): return (torch.randn(n, 3).double(), torch.randn(n, 5).double()), (torch.randint(0, 4, (n,)), torch.randn(n, 4).double())
+    batch,meta_batch = data(7),data(5)
+    assert relative_difference(example_weights(model, loss_func, batch, meta_batch), unrolled_weights(model, loss_func, batch, meta_batch)) < 1e-10
+
+@pytest.mark.parametrize('training', [True, False])
+def test_attention_in_both_modes(training):
+    "In eval mode PyTorch has a fused kernel for whole encoder layers, without derivatives."
+    model,batch,meta_batch = setting('transformer', torch.float64)
+    model.train(training)
+    expected = unrolled_weights(model, cross_entropy, batch, meta_batch)
+    assert relative_difference(example_weights(model, cross_entropy, batch, meta_batch), expected) < 1e-10
+
+# ---- per-item losses and weights
+
+def test_item_losses_of_a_segmentation_loss_weigh_images():
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 4, 3, padding=1).double()
+    def data(n): return torch.randn(n, 3, 5, 5).double(), torch.randint(0, 4, (n, 5, 5))
+    batch,meta_batch = data(6),data(4)
+    weights = example_weights(model, cross_entropy, batch, meta_batch)
+    per_image = lambda out, y: cross_entropy(out, y).mean((1, 2))
+    assert weights.shape == (6,)
+    assert relative_difference(weights, unrolled_weights(model, per_image, batch, meta_batch)) < 1e-10
+
+@pytest.mark.parametrize('shape', [(), (5,), (3, 4), (0,)])
+def test_losses_that_are_not_per_item_are_refused(shape):
+    with pytest.raises(ValueError, match='one value per item is needed'): item_losses(torch.zeros(shape), 4)
+
+def test_weights_sum_to_one_or_are_all_zero():
+    u = torch.tensor([2., -1., 0., 6.])
+    assert normalise(rectify(u)).tolist() == [0.25, 0, 0, 0.75]
+    assert normalise(rectify(-u.abs())).tolist() == [0]*4
+    assert effective_sample_size(torch.tensor([3., 3., 0.])) == 2
+
+def test_all_zero_weights_where_nothing_helps():
+    "A training batch with all labels flipped pulls a linear model the wrong way."
+    x = torch.eye(3).repeat(2, 1)
+    model = nn.Linear(3, 2, bias=False)
+    nn.init.zeros_(model.weight)
+    y = torch.tensor([0, 1, 0, 0, 1, 0])
+    assert example_weights(model, cross_entropy, (x, 1-y), (x, y)).tolist() == [0]*6
+    assert (example_weights(model, cross_entropy, (x, y), (x, y)) - 1/6).abs().max() < 1e-7
+
+# ---- no traces
+
+class FailsLate(nn.Module):
+    def __init__(self): super().__init__(); self.fail = False
+    def forward(self, x):
+        if self.fail: raise RuntimeError('late failure')
+        return x
+
+class Remembers(nn.Module):
+    "Sets attributes, a buffer and a parameter while it runs, as language models and weight dropout do."
+    def __init__(self):
+        super().__init__()
+        self.hidden = None
+        self.register_buffer('n', torch.zeros(()))
+        self.weight = nn.Parameter(torch.ones(3, 1, 1))
+    def forward(self, x):
+        self.hidden = x.mean()
+        self.n = self.n + 1
+        self.made_here = True
+        return x * self.weight
+
+def state(model):
+    "All that a pass could change, in comparable form."
+    return dict(
+        params=[(k, id(p), p.detach().clone(), p.grad if p.grad is None else p.grad.clone()) for k,p in model.named_parameters()],
+        buffers=[(k, id(b), b.clone()) for k,b in model.named_buffers()],
+        flags=[m.training for m in model.modules()] + [p.requires_grad for p in model.parameters()],
+        attributes=[{k: id(v) for k,v in vars(m).items()} for m in model.modules()],
+        hooks=[{k: list(v.items()) for k,v in vars(m).items() if 'hooks' in k and isinstance(v, dict)} for m in model.modules()],
+        random=[torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()],
+        global_flags=(torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled, torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled()))
+
+def same(a, b):
+    if isinstance(a, (torch.Tensor, np.ndarray)): return bool((a == b).all())
+    if isinstance(a, (tuple, list)): return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return a == b
+
+class Rolls(nn.Module):
+    "Draws from all three random streams."
+    def forward(self, x): return x * (1 + random.random() + np.random.rand() + torch.rand(1))
+
+@pytest.mark.parametrize('fails', [False, True])
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('compute', [example_weights, unrolled_weights, lambda *a: example_weights(*a, engine='reverse')])
+def test_no_trace_is_left(compute, fails, grad):
+    torch.manual_seed(0)
+    late = FailsLate()
+    model = nn.Sequential(Remembers(), Rolls(), nn.BatchNorm2d(3), cnn(nn.Dropout(), nn.utils.spectral_norm(nn.Conv2d(8, 8, 1))), nn.Sequential(late)).train()
+    if compute is example_weights: model[3] = cnn(nn.Dropout()) # spectral norm has no forward-mode derivative
+    model[3][0].eval()
+    calls = []
+    model[2].register_forward_hook(lambda *a: calls.append(1))
+    cross_entropy(model(images(4)[0]), torch.zeros(4).long()).mean().backward() # gradients that must stay
+    late.fail = fails
+    batch,meta_batch = images(8),images(6)
+    before,x = state(model),batch[0].clone()
+    with torch.set_grad_enabled(grad):
+        if fails:
+            with pytest.raises(RuntimeError, match='late failure'): compute(model, cross_entropy, batch, meta_batch)
+        else: compute(model, cross_entropy, batch, meta_batch)
+        torch.set_grad_enabled(True)
+    after = state(model)
+    for k in before: assert same(before[k], after[k]), k
+    assert len(calls) > 1 and same(x, batch[0]), 'the model has run, and the batch is as it was'
+
+def test_lstm_keeps_backend_flags():
+    model,batch,meta_batch = setting('lstm')
+    before = state(model)
+    example_weights(model, cross_entropy, batch, meta_batch)
+    assert same(before, state(model))
+
+def test_forked_random_has_its_own_stream():
+    torch.manual_seed(1); random.seed(1); np.random.seed(1)
+    seed = derived_seed()
+    with forked_random(seed=seed): inside = torch.rand(2), random.random(), np.random.rand()
+    assert derived_seed() == seed
+    with forked_random(seed=seed): assert same(inside, (torch.rand(2), random.random(), np.random.rand()))
+    with forked_random(): here = torch.rand(2)
+    assert same(here, torch.rand(2)) and derived_seed() != seed
+
+# ---- errors
+
+def test_operators_without_a_forward_derivative_are_named():
+    class Spectral(nn.Module):
+        def __init__(self): super().__init__(); self.conv = nn.utils.spectral_norm(nn.Conv2d(3, 4, 8))
+        def forward(self, x): return self.conv(x).flatten(1)
+    torch.manual_seed(0)
+    model = Spectral()
+    batch,meta_batch = images(8),images(6)
+    with pytest.raises(NoForwardDerivative, match="engine='reverse'") as e: example_weights(model, cross_entropy, batch, meta_batch)
+    assert e.value.operator in str(e.value) and 'div' in e.value.operator
+    weights = example_weights(model, cross_entropy, batch, meta_batch, engine='reverse')
+    assert relative_difference(weights, unrolled_weights(model, cross_entropy, batch, meta_batch)) < 1e-5
+
+def test_other_runtime_errors_stay_what_they_are():
+    model,batch,meta_batch = setting('mlp')
+    direction,_ = meta_gradient(model, cross_entropy, meta_batch)
+    with pytest.raises(RuntimeError, match='shapes cannot be multiplied'): alignment(model, cross_entropy, (torch.zeros(3, 7), torch.zeros(3).long()), direction)
+
+@pytest.mark.parametrize('kwargs,message', [
+    (dict(engine='auto'), "engine='auto' is unknown"),
+    (dict(params=[]), 'params is empty'),
+    (dict(params=['no.such']), "'no.such', which is not a parameter of the model; it has 1.weight"),
+    (dict(step_size={'1.weight': 1.}), "step_size has no entry for the parameter '1.bias'"),
+])
+def test_bad_arguments_are_named(kwargs, message):
+    model,batch,meta_batch = setting('mlp')
+    with pytest.raises(ValueError, match=message.replace('(', r'\(')): example_weights(model, cross_entropy, batch, meta_batch, **kwargs)
