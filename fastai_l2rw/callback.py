@@ -27,7 +27,7 @@ from fastcore.xtras import is_listy, modify_exception
 
 from .reweight import *
 
-# %% ../nbs/01_callback.ipynb #5b6c3dbd
+# %% ../nbs/01_callback.ipynb #3580ca56
 def _shuffled(dl):
     "`dl`, or the same with its items in a new order in each pass if it would not do that."
     if isinstance(dl, DataLoader) and dl.indexed and dl.bs and dl.n:
@@ -53,8 +53,8 @@ def _endless(dl):
 
 def _describe(dl):
     "A loader in words."
-    facts = [f'{k}={getattr(dl, a)}' for k,a in dict(n='n', batch_size='bs', drop_last='drop_last').items() if hasattr(dl, a)]
-    return f"{type(dl).__name__}({', '.join(facts)})"
+    facts = ', '.join(f'{k}={getattr(dl, k)}' for k in ('n','bs','batch_size','drop_last') if hasattr(dl, k))
+    return f'{type(dl).__name__}({facts})'
 
 # %% ../nbs/01_callback.ipynb #0cb96e90
 def _plain(x):
@@ -100,12 +100,19 @@ def _takes_reduction(loss_func):
     except (TypeError, ValueError): return False
     return any(p.name == 'reduction' or p.kind == p.VAR_KEYWORD for p in parameters)
 
-# %% ../nbs/01_callback.ipynb #5cb61886
+# %% ../nbs/01_callback.ipynb #4c8df95a
+class _WeighLoss(Callback):
+    "Puts the weighted loss in the place of the mean loss, before any other callback sees it."
+    order,run_valid = -100,False
+    def __init__(self, reweight): self.reweight = reweight
+    def after_loss(self): self.reweight._weigh_loss()
+
+# %% ../nbs/01_callback.ipynb #74638661
 class MetaReweightCallback(Callback):
     "Weigh each training example, in each step, by how much learning from it lowers the loss on trusted examples (Ren et al. 2018)."
     order,run_valid = Recorder.order+5,False # after the Recorder has named its columns, before others (60) read the names
-    _stateattrs = ('meta_dl','_meta_batches','_meta_direction','_example_weights','_user_loss_func','_weight_log')
-    meta_dl = _meta_batches = _meta_direction = _example_weights = _user_loss_func = None
+    _stateattrs = ('meta_dl','_meta_batches','_meta_direction','_example_weights','_weight_log') # none of it is exported
+    meta_dl = _meta_batches = _meta_direction = _example_weights = None
     _weight_log = ()
 
     def __init__(self,
@@ -128,8 +135,21 @@ class MetaReweightCallback(Callback):
             if value not in allowed: raise ValueError(f"{name}={value!r} is unknown: use {' or '.join(map(repr, allowed))}")
         for name,value,least in (('every', every, 1), ('start', start, 0)):
             if not isinstance(value, int) or value < least: raise ValueError(f'{name}={value!r} must be a whole number, {least} or more')
-        store_attr()
+        store_attr(but='meta_dl') # which also keeps what it stores a second time, in what is exported
+        self.meta_dl = meta_dl
         self._engine = 'forward' if engine == 'auto' else engine
+        self._companion = _WeighLoss(self)
+
+    @property
+    def learn(self):
+        "The `Learner` that the callback belongs to, if any."
+        return vars(self).get('_learner')
+
+    @learn.setter
+    def learn(self, learn):
+        if self.learn is not None: self.learn.remove_cb(self._companion)
+        if learn is not None: learn.add_cb(self._companion)
+        vars(self)['_learner'] = learn
 
     def before_fit(self):
         "Name the columns of the progress table. Validation and prediction come through here too, and need no trusted loader."
@@ -163,13 +183,11 @@ class MetaReweightCallback(Callback):
         if self.record: self._weight_log.append((self.epoch, self._batch_items(len(w)), w*len(w)))
         self._example_weights = w
 
-    def after_pred(self):
-        "Let the loss of this batch be the weighted one."
-        if self._example_weights is None: return
-        self._user_loss_func = self.learn.loss_func
-        self.learn.loss_func = self._weighted_loss
-
-    def after_cancel_batch(self): self._restore_loss_func()
+    def _weigh_loss(self):
+        "Weigh the losses of the batch, which has been predicted by now."
+        if self._example_weights is None or not len(self.yb): return
+        self.learn.loss_grad = (self._example_weights * self._item_losses(self.pred, *self.yb)).sum()
+        self.learn.loss = self.loss_grad.clone()
 
     def after_train(self):
         "Log the means over the epoch."
@@ -179,16 +197,8 @@ class MetaReweightCallback(Callback):
     def after_fit(self): self._let_go()
 
     def _let_go(self):
-        "Put the loss function back, if need be, and drop the trusted batches and the tensors of the last step."
-        self._restore_loss_func()
+        "Drop the trusted batches and the tensors of the last step."
         self._meta_batches = self._example_weights = self._meta_direction = None
-
-    def _weighted_loss(self, pred, *yb):
-        self._restore_loss_func()
-        return (self._example_weights * self._item_losses(pred, *yb)).sum()
-
-    def _restore_loss_func(self):
-        if self._user_loss_func is not None: self.learn.loss_func,self._user_loss_func = self._user_loss_func,None
 
     def _find_meta_dl(self):
         if self.meta_dl is not None: return self.meta_dl

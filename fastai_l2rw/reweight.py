@@ -7,8 +7,8 @@ __all__ = ['forked_random', 'derived_seed', 'virtual_pass', 'item_losses', 'meta
            'NoForwardDerivative', 'alignment', 'rectify', 'normalise', 'effective_sample_size', 'example_weights',
            'unrolled_weights']
 
-# %% ../nbs/00_reweight.ipynb #d8f0f7ef
-import random, re, zlib
+# %% ../nbs/00_reweight.ipynb #40373fb2
+import random, re, warnings, zlib
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from collections.abc import Callable, Iterable, Mapping
@@ -159,6 +159,11 @@ def scale_gradient(
     missing = [k for k in gradient if k not in step_size]
     if missing: raise ValueError(f'step_size has no entry for the parameter {missing[0]!r}; it has {list(step_size)[:5]}')
     return {k: g if step_size[k] == 1 else step_size[k]*g for k,g in gradient.items()}
+
+# %% ../nbs/00_reweight.ipynb #8bfe8e42
+with warnings.catch_warnings(), forward_ad.dual_level(): # the first dual number makes PyTorch load what warns of itself
+    warnings.simplefilter('ignore', FutureWarning)
+    forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 # %% ../nbs/00_reweight.ipynb #c3481a28
 class NoForwardDerivative(NotImplementedError):

@@ -1,0 +1,465 @@
+"`MetaReweightCallback` in real fits."
+import random, warnings
+from copy import deepcopy
+from types import SimpleNamespace
+
+import numpy as np, pandas as pd, pytest, torch
+from fastai.basics import Callback, CancelBatchException, CancelFitException, DataLoaders, SGD, TrainEvalCallback, accuracy, error_rate, load_learner, set_seed
+from fastai.callback.all import (CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, ParamScheduler, ProgressCallback, RNNRegularizer,
+    SaveModelCallback)
+from fastai.losses import FocalLossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader as TorchLoader, TensorDataset
+
+import fastai_l2rw.callback
+from fastai_l2rw.all import *
+from conftest import cnn, images, labels, make_dls, meta, split, train, Augment
+
+def torch_loader(items=meta, bs=12, **kwargs): return TorchLoader(TensorDataset(images[items], torch.tensor(labels[items])), bs, **kwargs)
+def parameters(learn): return [p.detach().clone() for p in learn.model.state_dict().values()]
+def assert_close(a, b, **kwargs):
+    for p,q in zip(a, b, strict=True): torch.testing.assert_close(p, q, **kwargs)
+
+class Spy(Callback):
+    "Keeps what the callback works with, in each step."
+    order = MetaReweightCallback.order - 1
+    def before_fit(self): self.steps = []
+    def before_batch(self):
+        if self.training: self.steps.append(SimpleNamespace(batch=(self.xb, self.yb), model=deepcopy(self.model), rng=torch.get_rng_state(), epoch=self.epoch))
+    def after_loss(self):
+        if self.training: self.steps[-1].loss = self.learn.loss.detach()
+    def after_batch(self):
+        if self.training: self.steps[-1].lrs = [h['lr'] for h in self.opt.hypers]
+
+@pytest.fixture
+def used(monkeypatch):
+    "The trusted batches and the weights that the callback used, in order."
+    log = SimpleNamespace(meta=[], weights=[])
+    gradient,normalised = meta_gradient,normalise
+    monkeypatch.setattr(fastai_l2rw.callback, 'meta_gradient', lambda m, f, batch, *a: (log.meta.append(batch), gradient(m, f, batch, *a))[1])
+    monkeypatch.setattr(fastai_l2rw.callback, 'normalise', lambda w: (log.weights.append(normalised(w)), log.weights[-1])[1])
+    return log
+
+# ---- exactness in a real fit
+
+@pytest.mark.parametrize('engine', ['auto', 'reverse'])
+@pytest.mark.parametrize('fit', [lambda l: l.fit(1, slice(1e-4, 1e-2)), lambda l: l.fit_one_cycle(2, slice(1e-4, 1e-2)), lambda l: l.fine_tune(1)])
+def test_weights_of_a_fit_equal_the_oracle(make_learner, used, fit, engine):
+    learn = make_learner([MetaReweightCallback(engine=engine), Spy()], dls=make_dls(batch_tfms=Augment()), splitter=split)
+    fit(learn)
+    spy = learn.spy
+    last = len(spy.steps)
+    per_item = nn.CrossEntropyLoss(reduction='none')
+    group = {k: int(not k.startswith('0.')) for k,_ in learn.model.named_parameters()}
+    for step,meta_batch,weights in zip(spy.steps, used.meta[-last:], used.weights[-last:]):
+        xb,yb = step.batch
+        torch.set_rng_state(step.rng)
+        rates = {k: step.lrs[g] for k,g in group.items()}
+        expected = unrolled_weights(step.model, lambda out, y: per_item(out, y), (tuple(xb), tuple(yb)), meta_batch, step_size=rates)
+        torch.testing.assert_close(weights, expected.as_subclass(Tensor), atol=1e-5, rtol=1e-4)
+        torch.set_rng_state(step.rng)
+        loss = (weights * per_item(step.model(*xb), *yb)).sum()
+        torch.testing.assert_close(loss.as_subclass(Tensor), step.loss.as_subclass(Tensor))
+    assert last >= len(learn.dls.train)
+    assert all(w.sum() == 0 or abs(w.sum() - 1) < 1e-5 for w in used.weights) and len({len(w.unique()) for w in used.weights}) > 1
+
+def test_learning_rates_of_groups_count(make_learner, used):
+    "The schedule sets a step's rates after our turn; groups with schedules of their own would show a lag of one step."
+    learn = make_learner([MetaReweightCallback(), Spy()], splitter=split)
+    learn.create_opt()
+    rates = lambda pct: np.array([1e-2*(1 - pct) + 1e-6, 1e-2*pct + 1e-6])
+    learn.fit(1, cbs=ParamScheduler({'lr': rates}))
+    per_item = nn.CrossEntropyLoss(reduction='none')
+    for i,(step,meta_batch,weights) in enumerate(zip(learn.spy.steps, used.meta, used.weights)):
+        assert np.allclose(step.lrs, rates(i/len(learn.dls.train)))
+        torch.set_rng_state(step.rng)
+        by_name = {k: step.lrs[int(not k.startswith('0.'))] for k,_ in learn.model.named_parameters()}
+        expected = unrolled_weights(step.model, per_item, tuple(map(tuple, step.batch)), meta_batch, step_size=by_name)
+        torch.testing.assert_close(weights, expected.as_subclass(Tensor), atol=1e-5, rtol=1e-4)
+
+def test_equal_weights_train_as_without_the_callback(make_learner, monkeypatch):
+    "Batch norm, dropout, augmentation and the schedule included."
+    def run(*cbs):
+        learn = make_learner(list(cbs), dls=make_dls(batch_tfms=Augment()), wd=0.01)
+        learn.fit_one_cycle(2, 1e-2)
+        return parameters(learn),torch.get_rng_state(),random.getstate(),np.random.get_state()[1].tolist()
+    plain = run()
+    passes = []
+    monkeypatch.setattr(fastai_l2rw.callback, 'rectify', lambda u: (passes.append(u), torch.ones_like(u))[1])
+    equal = run(MetaReweightCallback())
+    assert len(passes) == 2*len(make_dls().train) and all(u.std() > 0 for u in passes)
+    assert_close(plain[0], equal[0], rtol=1e-4, atol=1e-6)
+    assert torch.equal(plain[1], equal[1]) and plain[2:] == equal[2:], 'the random streams stand where they would stand without it'
+
+def test_reweighting_learns_through_wrong_labels(make_learner):
+    "40 % of the training labels are wrong, and long training learns them by heart. Means over seeds, against plain training."
+    everything = [i for i in range(len(labels)) if i not in meta]
+    half,rest = everything[::2],everything[1::2]
+    def run(seed, *cbs):
+        rng = np.random.default_rng(seed)
+        wrong = rng.permutation(half)[:int(0.4*len(half))]
+        noisy = labels.copy()
+        noisy[wrong] = (noisy[wrong] + rng.integers(1, 4, len(wrong))) % 4
+        loaders = [TorchLoader(TensorDataset(images[i], torch.tensor(y[i])), 64, shuffle=i is half) for i,y in ((half, noisy), (rest, labels))]
+        learn = make_learner(list(cbs), dls=DataLoaders(*loaders), model=cnn(p=0))
+        learn.fit(40, 1e-2)
+        return learn.recorder.values[-1][-1]
+    plain = np.mean([run(s) for s in range(3)])
+    robust = np.mean([run(s, MetaReweightCallback(torch_loader(bs=24))) for s in range(3)])
+    assert robust > plain + 0.05, (robust, plain)
+
+# ---- the ways to train, and everything else a Learner does
+
+@pytest.mark.parametrize('fit', [lambda l: l.fit(1), lambda l: l.fit_one_cycle(1, 1e-2), lambda l: l.fine_tune(1), lambda l: l.lr_find(show_plot=False, num_it=8), lambda l: (l.fit(1), l.fit(1))])
+@pytest.mark.parametrize('loader', [None, torch_loader, lambda: make_dls().valid, lambda: list(torch_loader())])
+def test_ways_to_fit_and_loaders(make_learner, fit, loader):
+    learn = make_learner(MetaReweightCallback(loader and loader()), splitter=split)
+    loss_func,names = learn.loss_func,[type(c) for c in learn.cbs]
+    fit(learn)
+    assert learn.loss_func is loss_func and learn.loss_func.reduction == 'mean' and [type(c) for c in learn.cbs] == names
+    assert all(p.isfinite().all() for p in parameters(learn))
+
+def test_validation_and_prediction_do_not_need_a_trusted_loader(make_learner):
+    learn = make_learner(MetaReweightCallback(), dls=make_dls(n_parts=2))
+    plain = make_learner(dls=make_dls(n_parts=2), model=learn.model)
+    assert learn.validate() == plain.validate()
+    for a,b in zip(learn.get_preds(), plain.get_preds()): assert torch.equal(a, b)
+    assert abs(learn.get_preds(with_loss=True)[2].mean() - plain.validate()[0]) < 1e-5
+    assert len(learn.tta(n=1)[0]) == 60
+    with pytest.raises(ValueError, match='learn.dls has 2 loaders'): learn.fit(1)
+
+def test_show_results(make_learner, monkeypatch):
+    learn = make_learner(MetaReweightCallback())
+    learn.fit(1)
+    shown = []
+    monkeypatch.setattr(type(learn.dls.valid), 'show_results', lambda self, b, out, **kw: shown.append(out))
+    learn.show_results()
+    assert len(shown[0]) == 16
+
+def test_exported_learner_holds_no_meta_data(make_learner, tmp_path):
+    "The trusted items are recognisable bytes; none of them may be in the file."
+    secret = torch.full((24, 1, 8, 8), 0.123456789)
+    loader = TorchLoader(TensorDataset(secret, torch.tensor(labels[meta])), 12)
+    learn = make_learner(MetaReweightCallback(loader))
+    with pytest.raises(ZeroDivisionError): learn.fit(1, cbs=Callback(after_step=lambda self: 1/0)) # an interrupted fit has batches at hand
+    assert learn.meta_reweight._meta_batches is not None
+    learn.export('l.pkl')
+    assert secret[0].numpy().tobytes()[:64] not in (tmp_path/'l.pkl').read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        loaded = load_learner(tmp_path/'l.pkl')
+    cb = loaded.meta_reweight
+    assert cb.meta_dl is None and cb._meta_batches is None and len(cb._weight_log) == 0
+    x = images[3]
+    loaded.remove_cbs(ProgressCallback)
+    torch.testing.assert_close(loaded.predict(x)[2], learn.predict(x)[2])
+    assert learn.meta_reweight.meta_dl is loader, 'exporting takes nothing from the Learner at hand'
+
+def test_save_and_load(make_learner):
+    learn = make_learner(MetaReweightCallback())
+    learn.fit(1)
+    learn.save('m')
+    other = make_learner(MetaReweightCallback()).load('m')
+    assert_close(parameters(learn), parameters(other))
+    other.fit(1)
+
+# ---- the progress table
+
+@pytest.mark.parametrize('train_metrics,valid_metrics', [(False, True), (True, True), (True, False)])
+def test_columns(make_learner, train_metrics, valid_metrics, used):
+    rows = []
+    learn = make_learner(MetaReweightCallback(), metrics=[accuracy, error_rate])
+    learn.logger = rows.append
+    learn.recorder.train_metrics,learn.recorder.valid_metrics = train_metrics,valid_metrics
+    learn.fit(2)
+    table = pd.DataFrame(list(map(list, rows)), columns=list(learn.recorder.metric_names))
+    first = list(table).index('meta_loss')
+    assert list(table)[first:first+3] == ['meta_loss', 'zero_weights', 'ess'] and list(table)[first-1] in ('train_loss', 'train_error_rate', 'error_rate')
+    n = len(learn.dls.train)
+    for epoch,row in table.iterrows():
+        weights = used.weights[epoch*n:(epoch + 1)*n]
+        assert abs(row.zero_weights - np.mean([(w == 0).float().mean() for w in weights])) < 1e-6
+        assert abs(row.ess - np.mean([effective_sample_size(w) for w in weights])) < 1e-4
+        assert 1 <= row.ess <= 16 and 0 < row.meta_loss < 3
+    if valid_metrics: assert abs(table['valid_accuracy' if train_metrics else 'accuracy'].iloc[-1] - learn.validate()[1]) < 1e-6
+
+def test_others_read_the_right_columns(make_learner, tmp_path):
+    learn = make_learner([MetaReweightCallback(), CSVLogger(), SaveModelCallback('accuracy'), EarlyStoppingCallback('meta_loss', patience=9)])
+    learn.fit(2, 1e-2)
+    table = pd.read_csv(tmp_path/'history.csv')
+    assert list(table.columns) == ['epoch','train_loss','meta_loss','zero_weights','ess','valid_loss','accuracy','time']
+    assert abs(table.accuracy.max() - learn.save_model.best) < 1e-6
+    assert abs(table.meta_loss.min() - learn.early_stopping.best) < 1e-6
+
+def test_without_recorder_and_default_callbacks(make_learner):
+    learn = make_learner([TrainEvalCallback(), MetaReweightCallback()], default_cbs=False)
+    before = parameters(learn)
+    learn.fit(1)
+    assert not torch.equal(before[0], parameters(learn)[0])
+
+# ---- frozen parameters, groups and options
+
+def test_frozen_parameters_are_not_looked_along(make_learner, monkeypatch):
+    looked = []
+    original = meta_gradient
+    monkeypatch.setattr(fastai_l2rw.callback, 'meta_gradient', lambda m, f, b, names: (looked.append(set(names)), original(m, f, b, names))[1])
+    learn = make_learner(MetaReweightCallback(), splitter=split, train_bn=False)
+    everything = {k for k,_ in learn.model.named_parameters()}
+    learn.freeze(); learn.fit(1)
+    frozen = parameters(learn)
+    assert looked[-1] == {'1.3.weight', '1.3.bias'}
+    learn.unfreeze(); learn.fit(1)
+    assert looked[-1] == everything
+    learn.train_bn = True
+    learn.create_opt(); learn.freeze(); learn.fit(1)
+    assert looked[-1] == {'1.3.weight', '1.3.bias'} | {k for k in everything if k.startswith(('0.0.1.', '0.1.1.'))}, 'fastai trains frozen batch norms'
+    for p in learn.model.parameters(): p.requires_grad_(False)
+    with pytest.raises(ValueError, match='all parameters of the optimizer are frozen'): learn.fit(1)
+
+def test_params_names_a_subset(make_learner, used):
+    learn = make_learner([MetaReweightCallback(params=lambda m: m[1].parameters()), Spy()], splitter=split)
+    learn.fit(1)
+    step = learn.spy.steps[0]
+    torch.set_rng_state(step.rng)
+    expected = unrolled_weights(step.model, nn.CrossEntropyLoss(reduction='none'), tuple(map(tuple, step.batch)), used.meta[0], ['1.3.weight', '1.3.bias'])
+    torch.testing.assert_close(used.weights[0], expected.as_subclass(Tensor), atol=1e-5, rtol=1e-4)
+
+def test_every(make_learner, used):
+    learn = make_learner(MetaReweightCallback(every=2))
+    learn.fit(1)
+    n = len(learn.dls.train)
+    assert len(used.weights) == n and len(used.meta) == -(-n//2)
+
+def test_start(make_learner, used):
+    rows = []
+    learn = make_learner(MetaReweightCallback(start=1))
+    learn.logger = rows.append
+    learn.fit(2)
+    assert len(used.weights) == len(learn.dls.train)
+    assert rows[0][2:5] == [None]*3 and None not in rows[1]
+    plain = make_learner(MetaReweightCallback(start=2)); plain.fit(2)
+    other = make_learner(); other.fit(2)
+    assert_close(parameters(plain), parameters(other))
+
+@pytest.mark.parametrize('on_zero', ['skip', 'uniform'])
+def test_on_zero(make_learner, monkeypatch, on_zero):
+    monkeypatch.setattr(fastai_l2rw.callback, 'rectify', torch.zeros_like)
+    learn = make_learner(MetaReweightCallback(on_zero=on_zero), opt_func=SGD, wd=0.)
+    before = dict(learn.model.named_parameters())['0.0.0.weight'].detach().clone()
+    learn.fit(1, 1e-2)
+    after = dict(learn.model.named_parameters())['0.0.0.weight'].detach()
+    if on_zero == 'skip': assert torch.equal(before, after)
+    else:
+        plain = make_learner(opt_func=SGD, wd=0.); plain.fit(1, 1e-2)
+        assert_close(parameters(learn), parameters(plain), rtol=1e-4, atol=1e-6)
+    assert learn.recorder.values[0][1:4][1:] == [1., 0.], 'all weights were zero, with an effective size of 0'
+
+def test_penalties_of_other_callbacks_stay_in_the_loss(make_learner, monkeypatch):
+    "With all weights at zero, what a callback of order 0 adds after the loss is all there is to learn from."
+    monkeypatch.setattr(fastai_l2rw.callback, 'rectify', torch.zeros_like)
+    class Penalty(Callback):
+        def after_loss(self):
+            if self.training: self.learn.loss_grad += 10*self.model[1][3].weight.square().sum()
+    learn = make_learner([Penalty(), MetaReweightCallback()], opt_func=SGD, wd=0.)
+    before = learn.model[1][3].weight.detach().clone()
+    learn.fit(1, 1e-2)
+    torch.testing.assert_close(learn.model[1][3].weight.detach(), before * (1 - 1e-2*20)**len(learn.dls.train))
+
+@pytest.mark.parametrize('cb', [lambda: GradientAccumulation(32), lambda: GradientClip(0.1), lambda: RNNRegularizer(alpha=0., beta=0.)])
+def test_callbacks_that_scale_the_loss_or_its_gradient(make_learner, monkeypatch, cb):
+    "Equal weights train as the mean loss does, with them too."
+    monkeypatch.setattr(fastai_l2rw.callback, 'rectify', torch.ones_like)
+    trained = []
+    for callbacks in ([MetaReweightCallback(), cb()], [cb()]):
+        learn = make_learner(callbacks, opt_func=SGD)
+        learn.fit(2, 1e-2)
+        trained.append(parameters(learn))
+    assert_close(*trained, rtol=1e-4, atol=1e-6)
+
+# ---- engines
+
+class SpectralNet(nn.Module):
+    def __init__(self): super().__init__(); self.conv,self.head = nn.utils.spectral_norm(nn.Conv2d(1, 8, 3)), nn.Linear(8, 4)
+    def forward(self, x): return self.head(self.conv(x).relu().mean((2, 3)))
+
+def test_falls_back_to_reverse_once(make_learner, used):
+    set_seed(3)
+    seen = []
+    class Last(Callback):
+        def before_batch(self):
+            if self.training: seen[:] = [{k: v.clone() for k,v in self.model.state_dict().items()}, (tuple(self.xb), tuple(self.yb))]
+    learn = make_learner([MetaReweightCallback(), Last()], model=SpectralNet())
+    with pytest.warns(UserWarning, match="has no forward-mode derivative.*engine='reverse'") as caught:
+        learn.fit(1); learn.fit(1)
+    assert len([w for w in caught if 'forward-mode' in str(w.message)]) == 1
+    model = SpectralNet()
+    model.load_state_dict(seen[0])
+    expected = unrolled_weights(model, nn.CrossEntropyLoss(reduction='none'), seen[1], used.meta[-1])
+    torch.testing.assert_close(used.weights[-1], expected.as_subclass(Tensor), atol=1e-5, rtol=1e-4)
+
+def test_forward_does_not_fall_back(make_learner):
+    learn = make_learner(MetaReweightCallback(engine='forward'), model=SpectralNet())
+    with pytest.raises(NotImplementedError, match="engine='forward' can't be used"): learn.fit(1)
+
+# ---- the trusted loader
+
+def test_meta_batches_are_reshuffled_and_all_used(make_learner, used):
+    for loader in (None, torch_loader()):
+        used.meta.clear()
+        learn = make_learner(MetaReweightCallback(loader)); learn.fit(2)
+        per_pass = 2
+        seen = [torch.cat([b[0][0] for b in used.meta[i:i+per_pass]]) for i in range(0, 4, per_pass)]
+        as_set = [sorted(x.sum().item() for x in s) for s in seen]
+        np.testing.assert_allclose(as_set[0], as_set[1])
+        np.testing.assert_allclose(as_set[0], sorted(images[meta].sum((1, 2, 3)).tolist()), rtol=1e-6)
+        assert not torch.equal(seen[0], seen[1]), 'in another order'
+        assert all(type(t) is Tensor for b in used.meta for part in b for t in part), 'no tensor subclass enters a virtual pass'
+
+def test_a_fit_is_reproducible(make_learner):
+    def run():
+        learn = make_learner(MetaReweightCallback(), dls=make_dls(batch_tfms=Augment())); set_seed(5); learn.fit(2, 1e-2)
+        return parameters(learn)
+    assert_close(run(), run(), rtol=0, atol=0)
+
+def test_a_loader_that_drops_all_is_named(make_learner):
+    learn = make_learner(MetaReweightCallback(torch_loader(bs=64, drop_last=True)))
+    with pytest.raises(ValueError, match=r'meta_dl yields no batch: DataLoader\(batch_size.*drop_last=True'): learn.fit(1)
+
+class Corrupt(torch.utils.data.Dataset):
+    def __len__(self): return 24
+    def __getitem__(self, i):
+        if i == 7: raise OSError('image 7 is truncated')
+        return images[meta[i]],int(labels[meta[i]])
+
+def test_a_corrupt_item_names_the_batch_and_training_can_go_on(make_learner):
+    cb = MetaReweightCallback(TorchLoader(Corrupt(), 12))
+    learn = make_learner(cb)
+    loss_func = learn.loss_func
+    with pytest.raises(OSError, match=r'batch \d of meta_dl \(not read\): image 7 is truncated'): learn.fit(1)
+    assert learn.loss_func is loss_func
+    cb.meta_dl = torch_loader()
+    learn.fit(1)
+
+@pytest.mark.parametrize('loader,message', [
+    ([], 'meta_dl yields no batch'),
+    ([images[meta]], 'are the labels missing'),
+    ([(images[meta],)], 'are the labels missing'),
+    ([(images[meta].repeat(1, 3, 1, 1), torch.tensor(labels[meta]))], r'batch 1 of meta_dl .*\(24, 3, 8, 8\).*channels'),
+    ([(images[meta], torch.full((24,), 9))], 'batch 1 of meta_dl .*out of bounds'),
+    ([(images[meta], torch.zeros(24))], 'batch 1 of meta_dl'),
+])
+def test_batches_that_do_not_fit(make_learner, loader, message):
+    learn = make_learner(MetaReweightCallback(loader))
+    before = parameters(learn)
+    with pytest.raises(Exception, match='(?s)' + message): learn.fit(1)
+    assert_close(before, parameters(learn), rtol=0, atol=0)
+
+def test_lacking_classes_are_named(make_learner):
+    keep = [i for i in meta if labels[i] in (1, 3)]
+    learn = make_learner(MetaReweightCallback(torch_loader(keep)))
+    with pytest.warns(UserWarning, match='meta_dl has no example of digit 0, digit 2:'): learn.fit(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        make_learner(MetaReweightCallback(torch_loader())).fit(1)
+
+def test_classes_without_a_vocab(make_learner):
+    loaders = DataLoaders(torch_loader(train, 16, shuffle=True), torch_loader())
+    loaders.c = 4
+    learn = make_learner(MetaReweightCallback(torch_loader([i for i in meta if labels[i] != 2])), dls=loaders)
+    with pytest.warns(UserWarning, match='meta_dl has no example of 2:'): learn.fit(1)
+
+def test_regression_targets_have_no_classes(make_learner):
+    data = lambda items: TensorDataset(images[items], torch.tensor(labels[items]).float()[:, None])
+    learn = make_learner(MetaReweightCallback(TorchLoader(data(meta), 12)), dls=DataLoaders(TorchLoader(data(train), 16), TorchLoader(data(meta), 16)),
+        model=cnn(n_out=1), loss_func=MSELossFlat(), metrics=[])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.fit(1)
+
+# ---- losses
+
+@pytest.mark.parametrize('loss_func', [nn.CrossEntropyLoss(), F.cross_entropy, LabelSmoothingCrossEntropyFlat(), FocalLossFlat(),
+    lambda out, y, **kwargs: F.cross_entropy(out, y, **kwargs), lambda out, y: F.cross_entropy(out, y, reduction='none')])
+def test_losses(make_learner, used, loss_func):
+    learn = make_learner(MetaReweightCallback(), loss_func=loss_func, metrics=[])
+    learn.fit(1)
+    assert learn.loss_func is loss_func and getattr(loss_func, 'reduction', 'mean') == 'mean'
+    assert len(used.weights) == len(learn.dls.train)
+
+def test_a_loss_without_per_item_values(make_learner):
+    learn = make_learner(MetaReweightCallback(), loss_func=lambda out, y: F.cross_entropy(out, y))
+    with pytest.raises(ValueError, match="learn.loss_func.*can't give one loss per item.*`reduction`"): learn.fit(1)
+
+# ---- the record of weights
+
+def test_item_weights(make_learner, used):
+    learn = make_learner(MetaReweightCallback())
+    with pytest.raises(ValueError, match='no weights have been recorded'): learn.meta_reweight.item_weights()
+    order = []
+    class Order(Callback):
+        def before_batch(self):
+            if self.training: order.append([(x - images[train][:, None]).abs().flatten(1).sum(1).argmin().item() for x in self.xb[0]])
+    learn.add_cb(Order())
+    learn.fit(3)
+    expected = pd.DataFrame([(i, w.item()*len(ws)) for items,ws in zip(order, used.weights) for i,w in zip(items, ws)], columns=['item', 'weight'])
+    got = learn.meta_reweight.item_weights()
+    np.testing.assert_allclose(got.weight, expected.groupby('item').weight.mean(), rtol=1e-5, atol=1e-6)
+    assert got.steps.sum() == sum(map(len, order)) and got.zero.between(0, 1).all()
+    n = len(learn.dls.train)
+    last = expected.iloc[-sum(map(len, order[-n:])):]
+    np.testing.assert_allclose(learn.meta_reweight.item_weights(last=1).weight, last.groupby('item').weight.mean(), rtol=1e-5, atol=1e-6)
+
+def test_item_weights_need_a_record_and_a_loader_that_tells(make_learner):
+    learn = make_learner(MetaReweightCallback(record=False)); learn.fit(1)
+    with pytest.raises(ValueError, match=r'record=False'): learn.meta_reweight.item_weights()
+    learn = make_learner(MetaReweightCallback(torch_loader()), dls=DataLoaders(torch_loader(train, 16), torch_loader())); learn.fit(1)
+    with pytest.raises(ValueError, match='does not tell which items'): learn.meta_reweight.item_weights()
+
+# ---- interruptions
+
+EVENTS = ['before_batch', 'after_pred', 'after_loss', 'before_step', 'after_step']
+
+@pytest.mark.parametrize('event', EVENTS)
+@pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError, CancelBatchException, CancelFitException])
+@pytest.mark.parametrize('order', [0, 99])
+def test_interruptions_leave_the_learner_usable(make_learner, event, error, order):
+    def fail(self):
+        if self.training and self.iter == 1: raise error('stop')
+    learn = make_learner([MetaReweightCallback(), Callback(**{event: fail})])
+    learn.cbs[-1].order = order
+    loss_func,reduction = learn.loss_func,learn.loss_func.reduction
+    try: learn.fit(1)
+    except (KeyboardInterrupt, RuntimeError): pass
+    assert learn.loss_func is loss_func and loss_func.reduction == reduction
+    learn.remove_cb(learn.cbs[-1])
+    expected = make_learner(dls=learn.dls, model=learn.model).validate()
+    assert learn.validate() == expected
+    learn.fit(1)
+    assert learn.loss_func is loss_func
+
+def test_removing_and_adding_between_fits(make_learner, used):
+    learn = make_learner(cb := MetaReweightCallback())
+    learn.fit(1)
+    n = len(used.weights)
+    learn.remove_cb(cb); learn.fit(1)
+    assert len(used.weights) == n and 'ess' not in learn.recorder.metric_names
+    learn.fit(1, cbs=cb)
+    assert len(used.weights) == 2*n and cb not in learn.cbs
+
+# ---- arguments
+
+@pytest.mark.parametrize('kwargs,error,message', [
+    (dict(meta_dl=5), TypeError, 'meta_dl is a int'),
+    (dict(engine='jvp'), ValueError, "engine='jvp' is unknown: use 'auto' or 'forward' or 'reverse'"),
+    (dict(on_zero='stop'), ValueError, "on_zero='stop' is unknown"),
+    (dict(every=0), ValueError, 'every=0 must be a whole number, 1 or more'),
+    (dict(start=-1), ValueError, 'start=-1 must be a whole number, 0 or more'),
+    (dict(start=0.5), ValueError, 'start=0.5'),
+    (dict(params=['head']), TypeError, 'params is a list'),
+])
+def test_bad_arguments(kwargs, error, message):
+    with pytest.raises(error, match=message): MetaReweightCallback(**kwargs)
+
+def test_dataloaders_are_not_a_loader(dls):
+    with pytest.raises(TypeError, match='take one of its loaders, such as meta_dl.train'): MetaReweightCallback(dls)
