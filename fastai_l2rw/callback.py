@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MetaReweightCallback']
 
-# %% ../nbs/01_callback.ipynb #3f9cd780
+# %% ../nbs/01_callback.ipynb #e9fd9689
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import BatchSampler, SequentialSampler
 from fastai.callback.core import Callback
+from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -92,13 +93,20 @@ class _MetaBatches:
                 'classes, and most of their examples will get the weight 0. Add a few trusted ones.')
             self.lacking = {}
 
-# %% ../nbs/01_callback.ipynb #231d5fc2
+# %% ../nbs/01_callback.ipynb #5c891d42
 def _takes_reduction(loss_func):
     "Can `loss_func` be told not to reduce?"
     if hasattr(loss_func, 'reduction'): return True
     try: parameters = signature(loss_func).parameters.values()
     except (TypeError, ValueError): return False
     return any(p.name == 'reduction' or p.kind == p.VAR_KEYWORD for p in parameters)
+
+def _item_losses(loss_func, pred, *yb):
+    "One loss per item of the batch, by a `Learner`'s loss function."
+    with NoneReduce(loss_func) if _takes_reduction(loss_func) else nullcontext(loss_func) as f: losses = f(pred, *yb)
+    try: return item_losses(losses.as_subclass(Tensor), find_bs(yb))
+    except ValueError as e: raise ValueError(f"learn.loss_func, {loss_func}, can't give one loss per item: {e} A loss function of your own "
+        "needs an argument or attribute `reduction` that it obeys when it is 'none', or may return one loss per item.") from e
 
 # %% ../nbs/01_callback.ipynb #4c8df95a
 class _WeighLoss(Callback):
@@ -107,7 +115,7 @@ class _WeighLoss(Callback):
     def __init__(self, reweight): self.reweight = reweight
     def after_loss(self): self.reweight._weigh_loss()
 
-# %% ../nbs/01_callback.ipynb #74638661
+# %% ../nbs/01_callback.ipynb #23c92edd
 class MetaReweightCallback(Callback):
     "Weigh each training example, in each step, by how much learning from it lowers the loss on trusted examples (Ren et al. 2018)."
     order,run_valid = Recorder.order+5,False # after the Recorder has named its columns, before others (60) read the names
@@ -186,7 +194,7 @@ class MetaReweightCallback(Callback):
     def _weigh_loss(self):
         "Weigh the losses of the batch, which has been predicted by now."
         if self._example_weights is None or not len(self.yb): return
-        self.learn.loss_grad = (self._example_weights * self._item_losses(self.pred, *self.yb)).sum()
+        self.learn.loss_grad = (self._example_weights * self._training_losses(self.pred, *self.yb)).sum()
         self.learn.loss = self.loss_grad.clone()
 
     def after_train(self):
@@ -235,14 +243,14 @@ class MetaReweightCallback(Callback):
         batch = 'not read'
         try:
             batch = next(self._meta_batches)
-            gradient,loss = meta_gradient(self.model, self._item_losses, batch, self._lookahead_groups)
+            gradient,loss = meta_gradient(self.model, self._trusted_losses, batch, self._lookahead_groups)
         except Exception as e: raise modify_exception(e, f'batch {self._meta_batches.n_read} of meta_dl ({_shapes(batch)}): {e}', replace=True)
         self._log(meta_loss=loss)
         return gradient
 
     def _alignment(self, batch, direction):
         "The alignments of the batch, by the engine that the model's operators allow."
-        try: return alignment(self.model, self._item_losses, batch, direction, self._engine)
+        try: return alignment(self.model, self._training_losses, batch, direction, self._engine)
         except NoForwardDerivative as e:
             if self.engine != 'auto': raise
             warnings.warn(f"{e.operator} has no forward-mode derivative in PyTorch, so the weights are computed by engine='reverse' "
@@ -250,14 +258,19 @@ class MetaReweightCallback(Callback):
             self._engine = 'reverse'
             return self._alignment(batch, direction)
 
-    def _item_losses(self, pred, *yb):
-        "One loss per item of the batch, by the `Learner`'s loss function."
-        loss_func = self.learn.loss_func
-        unreduced = NoneReduce(loss_func) if _takes_reduction(loss_func) else nullcontext(loss_func)
-        with unreduced as f: losses = f(pred, *yb)
-        try: return item_losses(losses.as_subclass(Tensor), find_bs(yb))
-        except ValueError as e: raise ValueError(f"learn.loss_func, {loss_func}, can't give one loss per item: {e} A loss function of your own "
-            "needs an argument or attribute `reduction` that it obeys when it is 'none', or may return one loss per item.") from e
+    def _trusted_losses(self, pred, *yb):
+        "One loss per item of a trusted batch."
+        return _item_losses(getattr(self._mixer(), 'old_lf', self.learn.loss_func), pred, *yb)
+
+    def _training_losses(self, pred, *yb):
+        "One loss per item of a training batch, between those for its two targets if MixUp or CutMix has mixed it."
+        if (mixer := self._mixer()) is None: return _item_losses(self.learn.loss_func, pred, *yb)
+        return torch.lerp(_item_losses(mixer.old_lf, pred, *_plain(mixer.yb1)), _item_losses(mixer.old_lf, pred, *yb), _plain(mixer.lam))
+
+    def _mixer(self):
+        "The callback of fastai that has put its own loss function in the place of the user's to mix targets, if any."
+        owner = getattr(self.learn.loss_func, '__self__', None)
+        return owner if isinstance(owner, MixHandler) else None
 
     def _log(self, **stats):
         for k,v in stats.items(): self._epoch_stats[k].append(v)

@@ -51,7 +51,7 @@ class DigitsData:
         y = self.labels[self.train]
         return datasets.weighted_dataloaders(1/np.bincount(y)[y], bs=bs, num_workers=0)
 
-# %% ../nbs/07_experiments.ipynb #267c183c
+# %% ../nbs/07_experiments.ipynb #f6924672
 def digits_data(
     seed:int=0, # Seed of the split and of the wrong labels
     dominance:float=0.4, # Share of the training set that the dominant class makes up, before labels are flipped
@@ -59,7 +59,7 @@ def digits_data(
     trusted_per_class:int=3, # Number of trusted examples per class
     dominant:int=0, # The dominant class
 )->DigitsData:
-    "Split scikit-learn's digits and make their training part skewed and noisy."
+    "Split scikit-learn's digits and make their training part skewed and noisy; raises `ValueError` for a share that can't be reached."
     digits = load_digits()
     y,n_classes = digits.target.copy(),10
     rng = np.random.default_rng(seed)
@@ -68,6 +68,9 @@ def digits_data(
     trusted = np.concatenate([o[:trusted_per_class] for o in by_class])
     by_class = [o[trusted_per_class:] for o in by_class]
     n_other = round(len(by_class[dominant]) * (1 - dominance)/dominance / (n_classes - 1))
+    fewest = min(len(o) for c,o in enumerate(by_class) if c != dominant)
+    if not 1 <= n_other <= fewest: raise ValueError(f"dominance={dominance} can't be reached with all {len(by_class[dominant])} examples of class "
+        f'{dominant}: it takes {n_other} of each other class, and there are 1 to {fewest}')
     train = rng.permutation(np.concatenate([o if c == dominant else o[:n_other] for c,o in enumerate(by_class)]))
     flipped = train[:round(noise*len(train))]
     wrong = np.isin(np.arange(len(y)), flipped)
@@ -142,7 +145,7 @@ def plot_results(
     right.set(title='mean weight in training', ylabel='1: as if all counted the same')
     return fig
 
-# %% ../nbs/07_experiments.ipynb #e98a0004
+# %% ../nbs/07_experiments.ipynb #15f79171
 @call_parse
 def l2rw_demo(
     seed:int=0, # First seed, of the split, the wrong labels, the initial weights and the batches
@@ -153,7 +156,8 @@ def l2rw_demo(
     "Compare reweighting with plain training and a weighted sampler on digits with wrong labels and a dominant class (about a minute)."
     for name,value in (('seeds', seeds), ('epochs', epochs)):
         if value < 1: raise SystemExit(f'--{name} is {value}, but must be 1 or more')
-    out.mkdir(parents=True, exist_ok=True)
+    try: out.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise SystemExit(f'--out is {out}, but must be a folder that can be written to: {e}')
     data = digits_data(seed)
     print(f'{len(data.train)} training digits: {np.mean(data.labels[data.train] == data.dominant):.0%} are labelled {data.dominant}, and '
         f'{data.wrong[data.train].mean():.0%} of the labels are wrong. {len(data.trusted)} trusted digits, {len(data.test)} clean test digits.')

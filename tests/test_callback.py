@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
 from fastai.basics import Callback, CancelBatchException, CancelFitException, DataLoaders, SGD, TrainEvalCallback, accuracy, error_rate, load_learner, set_seed
-from fastai.callback.all import (CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, ParamScheduler, ProgressCallback, RNNRegularizer,
+from fastai.callback.all import (CSVLogger, CutMix, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixUp, ParamScheduler, ProgressCallback, RNNRegularizer,
     SaveModelCallback)
 from fastai.losses import FocalLossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
 from torch import Tensor, nn
@@ -386,6 +386,30 @@ def test_losses(make_learner, used, loss_func):
     learn.fit(1)
     assert learn.loss_func is loss_func and getattr(loss_func, 'reduction', 'mean') == 'mean'
     assert len(used.weights) == len(learn.dls.train)
+
+@pytest.mark.parametrize('mix', [MixUp, CutMix])
+def test_mixed_batches(make_learner, used, mix):
+    "A mixed example's loss lies between those for its two targets; trusted batches are not mixed."
+    seen = []
+    class Mixed(Callback):
+        order = 1
+        def before_batch(self):
+            if self.training: seen.append((deepcopy(self.model), self.xb, self.yb, self.learn.mixer.yb1, self.learn.mixer.lam, torch.get_rng_state()))
+        def after_loss(self):
+            if self.training: seen[-1] += (self.learn.loss.detach(),)
+    learn = make_learner([MetaReweightCallback(), mix(), Mixed()])
+    learn.mixer = learn.mix_up if mix is MixUp else learn.cut_mix
+    loss_func = learn.loss_func
+    learn.fit(1)
+    assert learn.loss_func is loss_func
+    per_item = nn.CrossEntropyLoss(reduction='none')
+    for (model,xb,(y,),(y1,),lam,rng,loss),meta_batch,weights in zip(seen, used.meta, used.weights):
+        def losses(out, targets): return torch.lerp(per_item(out, y1), per_item(out, y), lam) if targets is y else per_item(out, targets)
+        torch.set_rng_state(rng)
+        expected = unrolled_weights(model, losses, (tuple(xb), y), meta_batch)
+        torch.testing.assert_close(weights, expected.as_subclass(Tensor), atol=1e-5, rtol=1e-4)
+        torch.set_rng_state(rng)
+        torch.testing.assert_close((weights * losses(model(*xb), y)).sum().as_subclass(Tensor), loss.as_subclass(Tensor))
 
 def test_a_loss_without_per_item_values(make_learner):
     learn = make_learner(MetaReweightCallback(), loss_func=lambda out, y: F.cross_entropy(out, y))
