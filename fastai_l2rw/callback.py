@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MetaReweightCallback']
 
-# %% ../nbs/01_callback.ipynb #e9fd9689
+# %% ../nbs/01_callback.ipynb #95f534ca
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -24,7 +24,7 @@ from fastai.layers import NoneReduce
 from fastai.learner import Recorder
 from fastai.torch_core import find_bs, to_device
 from fastcore.basics import store_attr
-from fastcore.xtras import is_listy, modify_exception
+from fastcore.xtras import modify_exception
 
 from .reweight import *
 
@@ -64,7 +64,7 @@ def _plain(x):
 
 def _shapes(x): return str(tree_map_only(Tensor, lambda t: tuple(t.shape), x))
 
-# %% ../nbs/01_callback.ipynb #12269130
+# %% ../nbs/01_callback.ipynb #04d3853d
 class _MetaBatches:
     "Trusted batches `(xb, yb)` for ever, as plain tensors on `device`, read without moving the random stream."
     def __init__(self, dl, device, n_inp, vocab=()):
@@ -75,18 +75,19 @@ class _MetaBatches:
     def __next__(self):
         self.n_read += 1
         with forked_random(self.device, self.seed + self.n_read): epoch,b = next(self.batches)
-        if not isinstance(b, (tuple, list)) or len(b) <= self.n_inp: raise ValueError(
-            f'{self.n_inp} input(s) and then the labels were expected, not {_shapes(_plain(b))}: are the labels missing?')
+        n_inp = self.n_inp or (max(len(b) - 1, 1) if isinstance(b, (tuple, list)) else 1) # as the Learner splits its batches
+        if not isinstance(b, (tuple, list)) or len(b) <= n_inp:
+            raise ValueError(f'{n_inp} input(s) and then the labels were expected, not {_shapes(_plain(b))}: are the labels missing?')
         b = _plain(to_device(tuple(b), self.device))
-        xb,yb = b[:self.n_inp],b[self.n_inp:]
+        xb,yb = b[:n_inp],b[n_inp:]
         if self.lacking: self.note_labels(yb, epoch)
         return xb,yb
 
     def note_labels(self, yb, epoch):
         "Warn of classes that the trusted examples lack, once all of these have been seen."
-        if len(yb) > 1 or yb[0].ndim != 1 or yb[0].is_floating_point(): self.lacking = {} # not one label per item
+        if len(yb) > 1 or yb[0].numel() != len(yb[0]) or yb[0].is_floating_point(): self.lacking = {} # not one label per item
         elif epoch == 0:
-            seen = set(yb[0].tolist())
+            seen = set(yb[0].flatten().tolist())
             self.lacking = {i:o for i,o in self.lacking.items() if i not in seen}
         else:
             warnings.warn(f'meta_dl has no example of {", ".join(map(str, self.lacking.values()))}: nothing speaks for learning these '
@@ -115,7 +116,7 @@ class _WeighLoss(Callback):
     def __init__(self, reweight): self.reweight = reweight
     def after_loss(self): self.reweight._weigh_loss()
 
-# %% ../nbs/01_callback.ipynb #23c92edd
+# %% ../nbs/01_callback.ipynb #2445fef2
 class MetaReweightCallback(Callback):
     "Weigh each training example, in each step, by how much learning from it lowers the loss on trusted examples (Ren et al. 2018)."
     order,run_valid = Recorder.order+5,False # after the Recorder has named its columns, before others (60) read the names
@@ -171,7 +172,7 @@ class MetaReweightCallback(Callback):
         "Find the trusted loader, and the parameters to look ahead along, which can change from one epoch to the next."
         if self._meta_batches is None:
             self._weight_log = []
-            self._meta_batches = _MetaBatches(self._find_meta_dl(), self._model_device(), getattr(self.dls, 'n_inp', 1), self._class_names())
+            self._meta_batches = _MetaBatches(self._find_meta_dl(), self._model_device(), getattr(self.dls, 'n_inp', None), self._class_names())
         self._lookahead_groups = self._find_groups()
         self._n_weighed,self._epoch_stats = 0,dict(meta_loss=[], zero_weights=[], ess=[])
 
@@ -221,7 +222,8 @@ class MetaReweightCallback(Callback):
         "Names of the classes by label, as far as the data tell."
         vocab = getattr(self.dls, 'vocab', None)
         if vocab is None: return range(getattr(self.dls, 'c', 0))
-        return vocab[-1] if len(vocab) and is_listy(vocab[-1]) else vocab
+        several = len(vocab) and hasattr(vocab[-1], '__len__') and not isinstance(vocab[-1], str) # those of the words and of the classes, say
+        return vocab[-1] if several else vocab
 
     def _find_groups(self):
         "The optimizer's group of every parameter to look ahead along, by name."

@@ -55,7 +55,7 @@ def derived_seed(
     "A seed for a fork that follows from where PyTorch's random streams stand, without moving them."
     return zlib.crc32(b''.join(g.get_state().numpy().tobytes() for g in _generators(torch.device(device))))
 
-# %% ../nbs/00_reweight.ipynb #45d44413
+# %% ../nbs/00_reweight.ipynb #d5f2ed8c
 def _attributes(model):
     "All attributes of all modules, the contents of dicts (parameters, buffers, hooks) included, for `_put_back`."
     return [(m, dict(vars(m)), {k: copy(v) for k,v in vars(m).items() if isinstance(v, dict)}) for m in model.modules()]
@@ -68,6 +68,11 @@ def _put_back(attributes):
         for name,content in dicts.items():
             attrs[name].clear()
             attrs[name].update(content)
+
+def _copy_buffers(model):
+    "Let the model work on copies of its buffers; `_put_back` brings the originals back."
+    copies = {b: b.clone() for b in model.buffers()}
+    for m in model.modules(): m._buffers.update({k: copies[b] for k,b in m._buffers.items() if b is not None})
 
 def _device(model): return next((t.device for t in model.parameters()), torch.device('cpu'))
 
@@ -85,7 +90,7 @@ def _plain_kernels(model):
         torch.backends.mha.set_fastpath_enabled(fast_mha)
         torch.backends.mkldnn.enabled = mkldnn
 
-# %% ../nbs/00_reweight.ipynb #03379ebc
+# %% ../nbs/00_reweight.ipynb #03bc4a6e
 @contextmanager
 def virtual_pass(
     model:nn.Module, # Model that will be run on the side
@@ -94,7 +99,8 @@ def virtual_pass(
     "Let the body run `model`, and leave the model and the random streams as they were, also when the body fails."
     attributes = _attributes(model)
     try:
-        with forked_random(_device(model), seed), _plain_kernels(model): yield
+        _copy_buffers(model)
+        with forked_random(_device(model), seed), _plain_kernels(model), torch.autocast(_device(model).type, enabled=False): yield
     finally: _put_back(attributes)
 
 # %% ../nbs/00_reweight.ipynb #c5e64831
@@ -109,7 +115,7 @@ def item_losses(
     raise ValueError(f'the loss function returned a tensor of shape {tuple(losses.shape)} for a batch of {n_items} items, '
         f"but one value per item is needed: shape ({n_items},) or ({n_items}, ...). Pass a loss with reduction='none'.")
 
-# %% ../nbs/00_reweight.ipynb #f0c6106f
+# %% ../nbs/00_reweight.ipynb #1f1b8d6b
 def _tuple(x): return tuple(x) if isinstance(x, (tuple, list)) else (x,)
 
 def _n_items(batch):
@@ -130,9 +136,8 @@ def _losses(model, loss_func, batch, params):
     "One loss per item of `batch`, as a pure function of `params`."
     inputs,targets = map(_tuple, batch)
     fixed = {k: p.detach() for k,p in model.named_parameters() if k not in params}
-    buffers = {k: b.clone() for k,b in model.named_buffers()}
     inputs = tree_map_only(Tensor, torch.clone, inputs) # a layer may work in place
-    outputs = functional_call(model, {**fixed, **buffers, **params}, inputs)
+    outputs = functional_call(model, {**fixed, **params}, inputs)
     return item_losses(loss_func(outputs, *targets), _n_items(batch[0]))
 
 # %% ../nbs/00_reweight.ipynb #4764aecb

@@ -4,6 +4,7 @@ from copy import deepcopy
 from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
+from fastai import basics as fa
 from fastai.basics import Callback, CancelBatchException, CancelFitException, DataLoaders, SGD, TrainEvalCallback, accuracy, error_rate, load_learner, set_seed
 from fastai.callback.all import (CSVLogger, CutMix, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixUp, ParamScheduler, ProgressCallback, RNNRegularizer,
     SaveModelCallback)
@@ -368,6 +369,25 @@ def test_classes_without_a_vocab(make_learner):
     loaders.c = 4
     learn = make_learner(MetaReweightCallback(torch_loader([i for i in meta if labels[i] != 2])), dls=loaders)
     with pytest.warns(UserWarning, match='meta_dl has no example of 2:'): learn.fit(1)
+
+def test_several_inputs_from_pytorch_loaders(make_learner, used):
+    "The batches are split as the Learner splits its own: all but the last are inputs."
+    class TwoIn(nn.Module):
+        def __init__(self): super().__init__(); self.cnn,self.extra = cnn(),nn.Linear(3, 4)
+        def forward(self, x, z): return self.cnn(x) + self.extra(z)
+    data = lambda items: TensorDataset(images[items], torch.randn(len(items), 3), torch.tensor(labels[items]))
+    learn = make_learner(MetaReweightCallback(TorchLoader(data(meta), 12)), dls=DataLoaders(TorchLoader(data(train), 16), TorchLoader(data(meta), 16)), model=TwoIn())
+    learn.fit(1)
+    assert [len(part) for part in used.meta[0]] == [2, 1]
+
+@pytest.mark.parametrize('vocab', [['a', 'b', 'c', 'd'], [['the', 'a', 'of'], fa.CategoryMap(['a', 'b', 'c', 'd'])]])
+def test_class_names_from_either_kind_of_vocab(make_learner, vocab):
+    "Text DataLoaders have the vocab of the words before that of the classes; tabular ones have a column of labels."
+    loader = lambda items, bs=16: TorchLoader(TensorDataset(images[items], torch.tensor(labels[items])[:, None]), bs)
+    loaders = DataLoaders(loader(train), loader(meta))
+    loaders.vocab = vocab
+    learn = make_learner(MetaReweightCallback(loader([i for i in meta if labels[i] != 2])), dls=loaders, metrics=[])
+    with pytest.warns(UserWarning, match='meta_dl has no example of c:'): learn.fit(1)
 
 def test_regression_targets_have_no_classes(make_learner):
     data = lambda items: TensorDataset(images[items], torch.tensor(labels[items]).float()[:, None])

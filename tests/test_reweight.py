@@ -153,6 +153,15 @@ def test_attention_in_both_modes(training):
     expected = unrolled_weights(model, cross_entropy, batch, meta_batch)
     assert relative_difference(example_weights(model, cross_entropy, batch, meta_batch), expected) < 1e-10
 
+def test_autocast_does_not_reach_the_virtual_passes():
+    model,batch,meta_batch = setting('resnet18')
+    expected = example_weights(model, cross_entropy, batch, meta_batch)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert model(batch[0]).dtype == torch.bfloat16
+        model.load_state_dict(setting('resnet18')[0].state_dict()) # that pass has updated the batch-norm statistics
+        assert relative_difference(example_weights(model, cross_entropy, batch, meta_batch), expected) < 1e-6
+        assert torch.is_autocast_enabled('cpu')
+
 # ---- per-item losses and weights
 
 def test_item_losses_of_a_segmentation_loss_weigh_images():
