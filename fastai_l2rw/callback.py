@@ -5,39 +5,49 @@
 # %% auto #0
 __all__ = ['MetaReweightCallback']
 
-# %% ../nbs/01_callback.ipynb #95f534ca
+# %% ../nbs/01_callback.ipynb #c8a61d74
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from inspect import signature
 
-import pandas as pd, torch
-from torch import Tensor
+import numpy as np, pandas as pd, torch
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import BatchSampler, SequentialSampler
+from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
+from fastai.callback.rnn import RNNCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.layers import NoneReduce
 from fastai.learner import Recorder
-from fastai.torch_core import find_bs, to_device
+from fastai.torch_core import find_bs, one_param, to_device
 from fastcore.basics import store_attr
 from fastcore.xtras import modify_exception
 
 from .reweight import *
 
-# %% ../nbs/01_callback.ipynb #3580ca56
+# %% ../nbs/01_callback.ipynb #05ed91ce
+def _even(n, bs):
+    "A batch size of `bs` at most, with which `n` items come in as few batches, but of about the same size."
+    return -(-n // -(-n // bs))
+
 def _shuffled(dl):
     "`dl`, or the same with its items in a new order in each pass if it would not do that."
     if isinstance(dl, DataLoader) and dl.indexed and dl.bs and dl.n:
-        n_batches = -(-dl.n // dl.bs)
-        return dl.new(shuffle=True, drop_last=False, bs=-(-dl.n // n_batches), num_workers=0)
-    if isinstance(dl, torch.utils.data.DataLoader) and isinstance(dl.sampler, SequentialSampler) and type(dl.batch_sampler) is BatchSampler:
-        same = ('num_workers', 'collate_fn', 'pin_memory', 'drop_last', 'timeout', 'worker_init_fn', 'multiprocessing_context',
+        weights = getattr(dl, 'wgts', None)
+        if weights is not None and dl.shuffle and np.ptp(weights) > 0: return dl # draws at random as it is, and `new` would lose the weights
+        dl = dl.new(shuffle=True, drop_last=False, bs=_even(dl.n, dl.bs), num_workers=0)
+        if weights is not None: dl.get_idxs = partial(DataLoader.get_idxs, dl) # tabular loaders draw with replacement
+        return dl
+    if isinstance(dl, torch.utils.data.DataLoader) and type(dl.sampler) in (SequentialSampler, RandomSampler) and (
+        dl.batch_size and type(dl.batch_sampler) is BatchSampler and not getattr(dl.sampler, 'replacement', False) and len(dl.sampler) == len(dl.dataset) > 0):
+        same = ('num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn', 'multiprocessing_context', 'generator',
                 'prefetch_factor', 'persistent_workers')
-        return torch.utils.data.DataLoader(dl.dataset, dl.batch_size, shuffle=True, **{k: getattr(dl, k) for k in same})
+        return torch.utils.data.DataLoader(dl.dataset, _even(len(dl.dataset), dl.batch_size), shuffle=True, **{k: getattr(dl, k) for k in same})
     return dl
 
 def _endless(dl):
@@ -64,12 +74,12 @@ def _plain(x):
 
 def _shapes(x): return str(tree_map_only(Tensor, lambda t: tuple(t.shape), x))
 
-# %% ../nbs/01_callback.ipynb #04d3853d
+# %% ../nbs/01_callback.ipynb #5375b02b
 class _MetaBatches:
     "Trusted batches `(xb, yb)` for ever, as plain tensors on `device`, read without moving the random stream."
     def __init__(self, dl, device, n_inp, vocab=()):
         self.device,self.n_inp,self.seed,self.n_read = device,n_inp,derived_seed(device),0
-        self.lacking = dict(enumerate(vocab)) # classes of which no example has been seen, by label
+        self.lacking = {i:o for i,o in enumerate(vocab) if o != '#na#'} # classes of which no example has been seen, by label
         with forked_random(device, self.seed): self.batches = _endless(_shuffled(dl))
 
     def __next__(self):
@@ -94,19 +104,21 @@ class _MetaBatches:
                 'classes, and most of their examples will get the weight 0. Add a few trusted ones.')
             self.lacking = {}
 
-# %% ../nbs/01_callback.ipynb #5c891d42
+# %% ../nbs/01_callback.ipynb #20ad425b
 def _takes_reduction(loss_func):
     "Can `loss_func` be told not to reduce?"
     if hasattr(loss_func, 'reduction'): return True
-    try: parameters = signature(loss_func).parameters.values()
+    try: parameters = signature(loss_func.forward if isinstance(loss_func, nn.Module) else loss_func).parameters.values()
     except (TypeError, ValueError): return False
     return any(p.name == 'reduction' or p.kind == p.VAR_KEYWORD for p in parameters)
+
+class _LossError(ValueError): "The loss function is at fault, not the batch."
 
 def _item_losses(loss_func, pred, *yb):
     "One loss per item of the batch, by a `Learner`'s loss function."
     with NoneReduce(loss_func) if _takes_reduction(loss_func) else nullcontext(loss_func) as f: losses = f(pred, *yb)
     try: return item_losses(losses.as_subclass(Tensor), find_bs(yb))
-    except ValueError as e: raise ValueError(f"learn.loss_func, {loss_func}, can't give one loss per item: {e} A loss function of your own "
+    except ValueError as e: raise _LossError(f"learn.loss_func, {loss_func}, can't give one loss per item: {e} A loss function of your own "
         "needs an argument or attribute `reduction` that it obeys when it is 'none', or may return one loss per item.") from e
 
 # %% ../nbs/01_callback.ipynb #4c8df95a
@@ -116,12 +128,12 @@ class _WeighLoss(Callback):
     def __init__(self, reweight): self.reweight = reweight
     def after_loss(self): self.reweight._weigh_loss()
 
-# %% ../nbs/01_callback.ipynb #2445fef2
+# %% ../nbs/01_callback.ipynb #c6623beb
 class MetaReweightCallback(Callback):
-    "Weigh each training example, in each step, by how much learning from it lowers the loss on trusted examples (Ren et al. 2018)."
+    "Weigh each training example, in each step, by how much learning from it lowers the loss on trusted examples (Ren et al. 2018, Algorithm 1)."
     order,run_valid = Recorder.order+5,False # after the Recorder has named its columns, before others (60) read the names
-    _stateattrs = ('meta_dl','_meta_batches','_meta_direction','_example_weights','_weight_log') # none of it is exported
-    meta_dl = _meta_batches = _meta_direction = _example_weights = None
+    _stateattrs = ('meta_dl','_meta_batches','_meta_direction','_example_weights','_epoch_stats','_weight_log') # none of it is exported
+    meta_dl = _meta_batches = _meta_direction = _example_weights = _epoch_stats = None
     _weight_log = ()
 
     def __init__(self,
@@ -137,6 +149,7 @@ class MetaReweightCallback(Callback):
         if isinstance(meta_dl, DataLoaders): raise TypeError('meta_dl is a DataLoaders, but must be one loader: take one of its loaders, such as meta_dl.train')
         if meta_dl is not None and not isinstance(meta_dl, Iterable):
             raise TypeError(f'meta_dl is a {type(meta_dl).__name__}, but must be a loader of labelled batches')
+        if isinstance(meta_dl, Iterator): raise TypeError(f'meta_dl is a {type(meta_dl).__name__}, which can be read only once: pass a loader, or a list of batches')
         if params is not None and not callable(params):
             raise TypeError(f'params is a {type(params).__name__}, but must be a function from the model to some of its parameters, '
                 'such as lambda model: model[-1].parameters()')
@@ -145,7 +158,7 @@ class MetaReweightCallback(Callback):
         for name,value,least in (('every', every, 1), ('start', start, 0)):
             if not isinstance(value, int) or value < least: raise ValueError(f'{name}={value!r} must be a whole number, {least} or more')
         store_attr(but='meta_dl') # which also keeps what it stores a second time, in what is exported
-        self.meta_dl = meta_dl
+        self.meta_dl,self._was_given = meta_dl,meta_dl is not None
         self._engine = 'forward' if engine == 'auto' else engine
         self._companion = _WeighLoss(self)
 
@@ -156,7 +169,11 @@ class MetaReweightCallback(Callback):
 
     @learn.setter
     def learn(self, learn):
-        if self.learn is not None: self.learn.remove_cb(self._companion)
+        if self.learn is not None and learn not in (None, self.learn): self.learn.remove_cb(self) # a callback has one Learner
+        if learn is not None and any(isinstance(cb, MetaReweightCallback) and cb is not self for cb in learn.cbs): raise ValueError(
+            'learn has a MetaReweightCallback already: take it away first, with learn.remove_cbs(MetaReweightCallback)')
+        for cb_learn in filter(None, {self.learn, learn}):
+            while self._companion in cb_learn.cbs: cb_learn.remove_cb(self._companion)
         if learn is not None: learn.add_cb(self._companion)
         vars(self)['_learner'] = learn
 
@@ -165,16 +182,19 @@ class MetaReweightCallback(Callback):
         self._let_go()
         if not hasattr(self.learn, 'recorder'): return
         names = self.recorder.metric_names
-        at = 2 + (len(self.learn.metrics) if self.recorder.train_metrics else 0) # after the epoch and what training logs
+        at = len(names) - bool(self.recorder.add_time) # the last, since others count on the place of the validation loss
         self.recorder.metric_names = names[:at] + ['meta_loss','zero_weights','ess'] + names[at:]
 
     def before_train(self):
         "Find the trusted loader, and the parameters to look ahead along, which can change from one epoch to the next."
-        if self._meta_batches is None:
-            self._weight_log = []
-            self._meta_batches = _MetaBatches(self._find_meta_dl(), self._model_device(), getattr(self.dls, 'n_inp', None), self._class_names())
         self._lookahead_groups = self._find_groups()
         self._n_weighed,self._epoch_stats = 0,dict(meta_loss=[], zero_weights=[], ess=[])
+        if self._meta_batches is not None: return
+        self._meta_batches = _MetaBatches(self._find_meta_dl(), self._device(), getattr(self.dls, 'n_inp', None), self._class_names())
+        if not self._searching(): self._weight_log = []
+        if self.epoch < self.start: # errors shall come now and not after some epochs
+            self._meta_gradient()
+            self._epoch_stats['meta_loss'].clear()
 
     def before_batch(self):
         "Compute the weights of the batch."
@@ -189,34 +209,46 @@ class MetaReweightCallback(Callback):
         w = normalise(rectify(u))
         self._log(zero_weights=(w == 0).float().mean(), ess=effective_sample_size(w))
         if self.on_zero == 'uniform': w = torch.where(w.sum() == 0, 1/len(w), w)
-        if self.record: self._weight_log.append((self.epoch, self._batch_items(len(w)), w*len(w)))
+        if self.record and not self._searching(): self._weight_log.append((self.epoch, self._batch_items(len(w)), w*len(w)))
         self._example_weights = w
 
     def _weigh_loss(self):
         "Weigh the losses of the batch, which has been predicted by now."
-        if self._example_weights is None or not len(self.yb): return
-        self.learn.loss_grad = (self._example_weights * self._training_losses(self.pred, *self.yb)).sum()
+        if self._example_weights is None: return
+        losses = self._training_losses(self.pred, *self.yb)
+        # with equal weights it shall be the loss function's own reduction, which need not be the mean over the items (class weights)
+        with torch.no_grad():
+            mean,sure = losses.mean(),losses.mean().abs() > 1e-3*losses.abs().mean()
+            scale = torch.where(sure, self.loss_grad.mean()/torch.where(sure, mean, 1), 1)
+        self.learn.loss_grad = scale * (self._example_weights * losses).sum()
         self.learn.loss = self.loss_grad.clone()
 
-    def after_train(self):
+    def after_validate(self):
         "Log the means over the epoch."
-        if not hasattr(self.learn, 'recorder') or self.recorder.cancel_train: return
-        self.recorder.log += [torch.stack(o).mean().item() if o else None for o in self._epoch_stats.values()]
+        stats,self._epoch_stats = self._epoch_stats,None
+        if stats is None or not hasattr(self.learn, 'recorder') or self.recorder.cancel_train: return
+        self.recorder.log += [torch.stack(o).mean().item() if o else float('nan') for o in stats.values()]
 
     def after_fit(self): self._let_go()
 
     def _let_go(self):
         "Drop the trusted batches and the tensors of the last step."
-        self._meta_batches = self._example_weights = self._meta_direction = None
+        self._meta_batches = self._example_weights = self._meta_direction = self._epoch_stats = None
+
+    def _searching(self): return hasattr(self.learn, 'lr_finder') # is this no real training?
 
     def _find_meta_dl(self):
         if self.meta_dl is not None: return self.meta_dl
+        if self._was_given: raise ValueError('meta_dl is not here: trusted examples are not copied or exported with a Learner. '
+            'To train on, set learn.meta_reweight.meta_dl to a loader of trusted, labelled examples.')
         loaders = getattr(self.dls, 'loaders', [])
         if len(loaders) > 2: return loaders[2]
         raise ValueError(f'meta_dl=None, and learn.dls has {len(loaders)} loaders, of which the third would have been taken. Pass a loader '
             'of trusted, labelled examples, MetaReweightCallback(meta_dl), or give your DataBlock a splitter that makes three parts.')
 
-    def _model_device(self): return next(self.model.parameters()).device
+    def _bare_model(self): return self.model.module if isinstance(self.model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else self.model
+
+    def _device(self): return one_param(self.model).device
 
     def _class_names(self):
         "Names of the classes by label, as far as the data tell."
@@ -227,8 +259,8 @@ class MetaReweightCallback(Callback):
 
     def _find_groups(self):
         "The optimizer's group of every parameter to look ahead along, by name."
-        names = {p: k for k,p in self.model.named_parameters() if p.requires_grad}
-        chosen = names if self.params is None else set(self.params(self.model))
+        names = {p: k for k,p in self._bare_model().named_parameters() if p.requires_grad}
+        chosen = names if self.params is None else set(self.params(self._bare_model()))
         groups = {names[p]: g for g,ps in enumerate(self.opt.param_lists) for p in ps if p in names and p in chosen}
         if groups: return groups
         raise ValueError('there is no parameter to look ahead along: ' + ('all parameters of the optimizer are frozen' if self.params is None
@@ -242,17 +274,18 @@ class MetaReweightCallback(Callback):
 
     def _meta_gradient(self):
         "The gradient on the next trusted batch."
-        batch = 'not read'
+        batch = 'could not be read'
         try:
             batch = next(self._meta_batches)
-            gradient,loss = meta_gradient(self.model, self._trusted_losses, batch, self._lookahead_groups)
+            gradient,loss = meta_gradient(self._bare_model(), self._trusted_losses, batch, self._lookahead_groups)
+        except _LossError: raise
         except Exception as e: raise modify_exception(e, f'batch {self._meta_batches.n_read} of meta_dl ({_shapes(batch)}): {e}', replace=True)
         self._log(meta_loss=loss)
         return gradient
 
     def _alignment(self, batch, direction):
         "The alignments of the batch, by the engine that the model's operators allow."
-        try: return alignment(self.model, self._training_losses, batch, direction, self._engine)
+        try: return alignment(self._bare_model(), self._training_losses, batch, direction, self._engine)
         except NoForwardDerivative as e:
             if self.engine != 'auto': raise
             warnings.warn(f"{e.operator} has no forward-mode derivative in PyTorch, so the weights are computed by engine='reverse' "
@@ -262,12 +295,17 @@ class MetaReweightCallback(Callback):
 
     def _trusted_losses(self, pred, *yb):
         "One loss per item of a trusted batch."
-        return _item_losses(getattr(self._mixer(), 'old_lf', self.learn.loss_func), pred, *yb)
+        return _item_losses(getattr(self._mixer(), 'old_lf', self.learn.loss_func), self._output(pred), *yb)
 
     def _training_losses(self, pred, *yb):
         "One loss per item of a training batch, between those for its two targets if MixUp or CutMix has mixed it."
-        if (mixer := self._mixer()) is None: return _item_losses(self.learn.loss_func, pred, *yb)
+        pred,mixer = self._output(pred),self._mixer()
+        if mixer is None: return _item_losses(self.learn.loss_func, pred, *yb)
         return torch.lerp(_item_losses(mixer.old_lf, pred, *_plain(mixer.yb1)), _item_losses(mixer.old_lf, pred, *yb), _plain(mixer.lam))
+
+    def _output(self, pred):
+        "What the loss function is given: fastai's text models also return what their regularizer needs, which `RNNCallback` takes off."
+        return pred[0] if isinstance(pred, tuple) and any(isinstance(cb, RNNCallback) for cb in self.learn.cbs) else pred
 
     def _mixer(self):
         "The callback of fastai that has put its own loss function in the place of the user's to mix targets, if any."
@@ -287,6 +325,7 @@ class MetaReweightCallback(Callback):
         last:int|None=None, # Number of epochs, counted from the end, to look at; default: all of the last fit
     )->pd.DataFrame: # Index: position in the training set; `weight`: mean weight, 1 if all counted the same; `zero`: share of steps with weight 0; `steps`: number of steps
         "How each training item was weighed in the last fit; raises `ValueError` if that is not known."
+        if last is not None and last < 1: raise ValueError(f'last={last} must be a number of epochs, 1 or more')
         if not self._weight_log: raise ValueError(f'no weights have been recorded (record={self.record}): train with record=True first')
         epochs,items,weights = zip(*self._weight_log)
         first = 0 if last is None else epochs[-1] - last + 1

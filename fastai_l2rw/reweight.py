@@ -7,7 +7,7 @@ __all__ = ['forked_random', 'derived_seed', 'virtual_pass', 'item_losses', 'meta
            'NoForwardDerivative', 'alignment', 'rectify', 'normalise', 'effective_sample_size', 'example_weights',
            'unrolled_weights']
 
-# %% ../nbs/00_reweight.ipynb #40373fb2
+# %% ../nbs/00_reweight.ipynb #864983dc
 import random, re, warnings, zlib
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 # %% ../nbs/00_reweight.ipynb #e98c83e2
@@ -55,19 +56,19 @@ def derived_seed(
     "A seed for a fork that follows from where PyTorch's random streams stand, without moving them."
     return zlib.crc32(b''.join(g.get_state().numpy().tobytes() for g in _generators(torch.device(device))))
 
-# %% ../nbs/00_reweight.ipynb #d5f2ed8c
+# %% ../nbs/00_reweight.ipynb #a4c46ec0
 def _attributes(model):
-    "All attributes of all modules, the contents of dicts (parameters, buffers, hooks) included, for `_put_back`."
-    return [(m, dict(vars(m)), {k: copy(v) for k,v in vars(m).items() if isinstance(v, dict)}) for m in model.modules()]
+    "All attributes of all modules, and what is in them where they are containers (of parameters, buffers, hooks), for `_put_back`."
+    return [(m, dict(vars(m)), [(v, copy(v)) for v in vars(m).values() if isinstance(v, (dict, list, set))]) for m in model.modules()]
 
 def _put_back(attributes):
     "Give every module the attributes that `_attributes` found."
-    for module,attrs,dicts in attributes:
+    for module,attrs,containers in attributes:
         vars(module).clear()
         vars(module).update(attrs)
-        for name,content in dicts.items():
-            attrs[name].clear()
-            attrs[name].update(content)
+        for container,content in containers:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
 
 def _copy_buffers(model):
     "Let the model work on copies of its buffers; `_put_back` brings the originals back."
@@ -140,26 +141,26 @@ def _losses(model, loss_func, batch, params):
     outputs = functional_call(model, {**fixed, **params}, inputs)
     return item_losses(loss_func(outputs, *targets), _n_items(batch[0]))
 
-# %% ../nbs/00_reweight.ipynb #4764aecb
+# %% ../nbs/00_reweight.ipynb #23082523
 def meta_gradient(
     model:nn.Module, # Model, in the mode (train or eval) that its passes shall run in
     loss_func:Callable, # `loss_func(output, *targets)` gives one loss, or several, per item
     meta_batch:tuple, # Trusted batch `(inputs, targets)`, each a tensor or a tuple of tensors
     params:Iterable[str]|None=None, # Names of the parameters to differentiate; default: all that require a gradient
 )->tuple[dict[str,Tensor],Tensor]: # Gradient by parameter name, and the mean loss (a scalar)
-    "Gradient of the mean loss on a trusted batch, $\\nabla L_m(\\theta)$."
+    "Gradient of the mean loss on a trusted batch, $\\nabla L_m(\\theta)$; raises `ValueError` for unknown `params` and for a loss that is not per item."
     params = {k: p.requires_grad_() for k,p in _trainable(model, params).items()}
     with virtual_pass(model, derived_seed(_device(model))), torch.enable_grad():
         loss = _losses(model, loss_func, meta_batch, params).mean()
         gradient = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
     return dict(zip(params, gradient)), loss.detach()
 
-# %% ../nbs/00_reweight.ipynb #dd6c7e2c
+# %% ../nbs/00_reweight.ipynb #bd242a7d
 def scale_gradient(
     gradient:Mapping[str,Tensor], # Gradient by parameter name
     step_size:float|Mapping[str,float], # Learning rate, one for all parameters or one for each name
 )->dict[str,Tensor]: # $\\alpha \\nabla L_m$, by parameter name
-    "Scale a gradient by the learning rate, $\\alpha \\nabla L_m(\\theta)$: the direction of the look-ahead."
+    "Scale a gradient by the learning rate, $\\alpha \\nabla L_m(\\theta)$: the direction of the look-ahead; raises `ValueError` for a name without a rate."
     if not isinstance(step_size, Mapping): step_size = dict.fromkeys(gradient, step_size)
     missing = [k for k in gradient if k not in step_size]
     if missing: raise ValueError(f'step_size has no entry for the parameter {missing[0]!r}; it has {list(step_size)[:5]}')
@@ -180,16 +181,22 @@ class NoForwardDerivative(NotImplementedError):
         super().__init__(f"engine='forward' can't be used: {operator} has no forward-mode derivative in PyTorch {torch.__version__}. "
             "Use engine='reverse', which is exact as well, but slower.")
 
-# %% ../nbs/00_reweight.ipynb #0a7248d0
+# %% ../nbs/00_reweight.ipynb #198e834d
 def _missing_operator(error):
     "The operator that PyTorch could not differentiate in forward mode, or `None` if `error` says something else."
     if found := re.search(r'forward AD with (\S+) that', str(error)): return found[1]
     if 'autograd Function' in str(error) or 'autograd.Function' in str(error): return 'a custom torch.autograd.Function'
 
+class _StopTangents(TorchFunctionMode):
+    "Makes `torch.no_grad` in a model stop tangents, as it stops gradients; forward mode alone would ignore it."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out if torch.is_grad_enabled() else tree_map_only(Tensor, lambda t: forward_ad.unpack_dual(t).primal, out)
+
 def _forward_alignment(losses, params, direction):
     "Directional derivatives of all losses in one pass with tangents."
     try:
-        with torch.no_grad(), forward_ad.dual_level():
+        with torch.enable_grad(), forward_ad.dual_level(), _StopTangents(): # nothing requires a gradient, so no graph is kept
             values,tangents = forward_ad.unpack_dual(losses({k: forward_ad.make_dual(p, direction[k]) for k,p in params.items()}))
             return torch.zeros_like(values) if tangents is None else tangents
     except RuntimeError as e: # NotImplementedError is one
@@ -208,7 +215,7 @@ def _reverse_alignment(losses, params, direction):
 
 _engines = dict(forward=_forward_alignment, reverse=_reverse_alignment)
 
-# %% ../nbs/00_reweight.ipynb #8f6afc12
+# %% ../nbs/00_reweight.ipynb #c7e61e7e
 def alignment(
     model:nn.Module, # Model, in the mode (train or eval) that its passes shall run in
     loss_func:Callable, # `loss_func(output, *targets)` gives one loss, or several, per item
@@ -216,7 +223,7 @@ def alignment(
     direction:Mapping[str,Tensor], # Direction $v$ by parameter name; parameters that are not named stay where they are
     engine:str='forward', # 'forward' (one pass with tangents) or 'reverse' (two backward passes)
 )->Tensor: # $\\langle v, \\nabla\\ell_i \\rangle$ for every item, shape (n,)
-    "Directional derivative of every example's loss; raises `NoForwardDerivative` where 'forward' can't be had."
+    "Directional derivative of every example's loss; raises `NoForwardDerivative` where 'forward' can't be had, `ValueError` for a loss that is not per item."
     if engine not in _engines: raise ValueError(f"engine={engine!r} is unknown: use 'forward' or 'reverse'")
     params = _trainable(model, direction)
     with virtual_pass(model): return _engines[engine](lambda p: _losses(model, loss_func, batch, p), params, dict(direction)).detach()
@@ -242,31 +249,31 @@ def effective_sample_size(
     squares = weights.square().sum()
     return weights.sum().square() / (squares + (squares == 0))
 
-# %% ../nbs/00_reweight.ipynb #c7480780
+# %% ../nbs/00_reweight.ipynb #22219ee4
 def example_weights(
     model:nn.Module, # Model, in the mode (train or eval) that its passes shall run in
     loss_func:Callable, # `loss_func(output, *targets)` gives one loss, or several, per item
     batch:tuple, # Training batch `(inputs, targets)`, each a tensor or a tuple of tensors
     meta_batch:tuple, # Trusted batch `(inputs, targets)`
     params:Iterable[str]|None=None, # Names of the parameters to look ahead along; default: all that require a gradient
-    step_size:float|Mapping[str,float]=1., # Learning rate of the look-ahead, one for all parameters or one for each name
+    step_size:float|Mapping[str,float]=1., # Learning rate of the look-ahead, one for all parameters (it cancels out) or one for each name
     engine:str='forward', # 'forward' (one pass with tangents) or 'reverse' (two backward passes)
 )->Tensor: # Non-negative weights that sum to one, or all zero if no example helps, shape (n,)
-    "Weight of every training example: how much learning from it lowers the loss on the trusted batch (Ren et al. 2018, Algorithm 1)."
+    "Weight of every training example: how much learning from it lowers the loss on the trusted batch (Ren et al. 2018, Algorithm 1); raises what `meta_gradient` and `alignment` raise."
     gradient,_ = meta_gradient(model, loss_func, meta_batch, params)
     u = alignment(model, loss_func, batch, scale_gradient(gradient, step_size), engine)
     return normalise(rectify(u))
 
-# %% ../nbs/00_reweight.ipynb #4afa9fd6
+# %% ../nbs/00_reweight.ipynb #5e4a9cc1
 def unrolled_weights(
     model:nn.Module, # Model, in the mode (train or eval) that its passes shall run in
     loss_func:Callable, # `loss_func(output, *targets)` gives one loss, or several, per item
     batch:tuple, # Training batch `(inputs, targets)`, each a tensor or a tuple of tensors
     meta_batch:tuple, # Trusted batch `(inputs, targets)`
     params:Iterable[str]|None=None, # Names of the parameters to look ahead along; default: all that require a gradient
-    step_size:float|Mapping[str,float]=1., # Learning rate of the look-ahead, one for all parameters or one for each name
+    step_size:float|Mapping[str,float]=1., # Learning rate of the look-ahead, one for all parameters (it cancels out) or one for each name
 )->Tensor: # Non-negative weights that sum to one, or all zero if no example helps, shape (n,)
-    "Weight of every training example by differentiating through the look-ahead step (Ren et al. 2018, Algorithm 1, line by line)."
+    "Weight of every training example by differentiating through the look-ahead step (Ren et al. 2018, Algorithm 1, line by line); raises what `meta_gradient` raises."
     params = {k: p.requires_grad_() for k,p in _trainable(model, params).items()}
     with torch.enable_grad():
         with virtual_pass(model): losses = _losses(model, loss_func, batch, params)

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
 from fastai import basics as fa
 from fastai.basics import Callback, CancelBatchException, CancelFitException, DataLoaders, SGD, TrainEvalCallback, accuracy, error_rate, load_learner, set_seed
-from fastai.callback.all import (CSVLogger, CutMix, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixUp, ParamScheduler, ProgressCallback, RNNRegularizer,
-    SaveModelCallback)
-from fastai.losses import FocalLossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
+from fastai.callback.all import (CSVLogger, CutMix, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixUp, ParamScheduler, ProgressCallback, RNNCallback,
+    RNNRegularizer, SaveModelCallback, WeightedDL)
+from fastai.losses import CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
+from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader as TorchLoader, TensorDataset
@@ -105,7 +106,7 @@ def test_reweighting_learns_through_wrong_labels(make_learner):
         loaders = [TorchLoader(TensorDataset(images[i], torch.tensor(y[i])), 64, shuffle=i is half) for i,y in ((half, noisy), (rest, labels))]
         learn = make_learner(list(cbs), dls=DataLoaders(*loaders), model=cnn(p=0))
         learn.fit(40, 1e-2)
-        return learn.recorder.values[-1][-1]
+        return learn.recorder.values[-1][2]
     plain = np.mean([run(s) for s in range(3)])
     robust = np.mean([run(s, MetaReweightCallback(torch_loader(bs=24))) for s in range(3)])
     assert robust > plain + 0.05, (robust, plain)
@@ -165,6 +166,19 @@ def test_save_and_load(make_learner):
     assert_close(parameters(learn), parameters(other))
     other.fit(1)
 
+def test_a_copy_does_not_take_another_loader_for_trusted(make_learner):
+    learn = make_learner(MetaReweightCallback(torch_loader())) # whose third loader is not what the user has chosen
+    copy = deepcopy(learn)
+    with pytest.raises(ValueError, match='not copied or exported.*set learn.meta_reweight.meta_dl'): copy.fit(1)
+    copy.meta_reweight.meta_dl = torch_loader()
+    copy.fit(1)
+
+def test_nothing_trusted_stays_after_a_fit(make_learner):
+    learn = make_learner(MetaReweightCallback(every=2))
+    learn.fit(1)
+    held = vars(learn.meta_reweight)
+    assert held['_meta_batches'] is None and held['_meta_direction'] is None and held['_example_weights'] is None
+
 # ---- the progress table
 
 @pytest.mark.parametrize('train_metrics,valid_metrics', [(False, True), (True, True), (True, False)])
@@ -176,7 +190,7 @@ def test_columns(make_learner, train_metrics, valid_metrics, used):
     learn.fit(2)
     table = pd.DataFrame(list(map(list, rows)), columns=list(learn.recorder.metric_names))
     first = list(table).index('meta_loss')
-    assert list(table)[first:first+3] == ['meta_loss', 'zero_weights', 'ess'] and list(table)[first-1] in ('train_loss', 'train_error_rate', 'error_rate')
+    assert list(table)[first:] == ['meta_loss', 'zero_weights', 'ess', 'time'] and list(table)[first-1].endswith('error_rate')
     n = len(learn.dls.train)
     for epoch,row in table.iterrows():
         weights = used.weights[epoch*n:(epoch + 1)*n]
@@ -189,15 +203,37 @@ def test_others_read_the_right_columns(make_learner, tmp_path):
     learn = make_learner([MetaReweightCallback(), CSVLogger(), SaveModelCallback('accuracy'), EarlyStoppingCallback('meta_loss', patience=9)])
     learn.fit(2, 1e-2)
     table = pd.read_csv(tmp_path/'history.csv')
-    assert list(table.columns) == ['epoch','train_loss','meta_loss','zero_weights','ess','valid_loss','accuracy','time']
+    assert list(table.columns) == ['epoch','train_loss','valid_loss','accuracy','meta_loss','zero_weights','ess','time']
     assert abs(table.accuracy.max() - learn.save_model.best) < 1e-6
     assert abs(table.meta_loss.min() - learn.early_stopping.best) < 1e-6
 
-def test_without_recorder_and_default_callbacks(make_learner):
-    learn = make_learner([TrainEvalCallback(), MetaReweightCallback()], default_cbs=False)
-    before = parameters(learn)
+def test_the_validation_loss_stays_where_others_look_for_it(make_learner, monkeypatch):
+    "ShowGraphCallback takes the second value of each epoch."
+    learn = make_learner(MetaReweightCallback())
+    losses = []
+    learn.add_cb(Callback(after_epoch=lambda self: losses.append(self.recorder.values[-1][1])))
+    learn.cbs[-1].order = 99
     learn.fit(1)
-    assert not torch.equal(before[0], parameters(learn)[0])
+    assert abs(losses[0] - learn.validate()[0]) < 1e-6 and len(learn.validate()) == 2
+
+@pytest.mark.parametrize('error', [fa.CancelTrainException, fa.CancelEpochException])
+def test_cancelled_epochs_log_nothing_out_of_place(make_learner, error):
+    def cancel(self):
+        if self.training and self.epoch == 0 and self.iter == 2: raise error()
+    learn = make_learner([MetaReweightCallback(), Callback(after_batch=cancel)])
+    rows = []
+    learn.logger = rows.append
+    learn.fit(2)
+    assert len(rows[0]) < 5 and len(rows[1]) == len(learn.recorder.metric_names)
+
+def test_without_recorder_and_default_callbacks(make_learner):
+    trained = []
+    for default_cbs in (False, True):
+        cbs = [MetaReweightCallback()] + ([] if default_cbs else [TrainEvalCallback(), fa.CastToTensor()])
+        learn = make_learner(cbs, default_cbs=default_cbs)
+        learn.fit(1)
+        trained.append(parameters(learn))
+    assert_close(*trained)
 
 # ---- frozen parameters, groups and options
 
@@ -232,13 +268,27 @@ def test_every(make_learner, used):
     n = len(learn.dls.train)
     assert len(used.weights) == n and len(used.meta) == -(-n//2)
 
+def test_every_takes_a_new_gradient_at_the_first_step_and_every_kth(make_learner, monkeypatch):
+    events = []
+    for name in ('meta_gradient', 'alignment'):
+        original = getattr(fastai_l2rw.callback, name)
+        monkeypatch.setattr(fastai_l2rw.callback, name, lambda *a, name=name, original=original: (events.append(name[0]), original(*a))[1])
+    learn = make_learner(MetaReweightCallback(every=3)); learn.fit(1)
+    assert ''.join(events) == 'maaamaa'[:len(events)] and len(events) == len(learn.dls.train) + 2
+
+def test_start_tries_a_trusted_batch_at_once(make_learner):
+    learn = make_learner(MetaReweightCallback([(images[meta],)], start=2))
+    before = parameters(learn)
+    with pytest.raises(ValueError, match='are the labels missing'): learn.fit(3)
+    assert_close(before, parameters(learn), rtol=0, atol=0)
+
 def test_start(make_learner, used):
     rows = []
     learn = make_learner(MetaReweightCallback(start=1))
     learn.logger = rows.append
     learn.fit(2)
     assert len(used.weights) == len(learn.dls.train)
-    assert rows[0][2:5] == [None]*3 and None not in rows[1]
+    assert np.isnan(rows[0][4:7]).all() and not np.isnan(rows[1][4:7]).any()
     plain = make_learner(MetaReweightCallback(start=2)); plain.fit(2)
     other = make_learner(); other.fit(2)
     assert_close(parameters(plain), parameters(other))
@@ -254,7 +304,7 @@ def test_on_zero(make_learner, monkeypatch, on_zero):
     else:
         plain = make_learner(opt_func=SGD, wd=0.); plain.fit(1, 1e-2)
         assert_close(parameters(learn), parameters(plain), rtol=1e-4, atol=1e-6)
-    assert learn.recorder.values[0][1:4][1:] == [1., 0.], 'all weights were zero, with an effective size of 0'
+    assert learn.recorder.values[0][-2:] == [1., 0.], 'all weights were zero, with an effective size of 0'
 
 def test_penalties_of_other_callbacks_stay_in_the_loss(make_learner, monkeypatch):
     "With all weights at zero, what a callback of order 0 adds after the loss is all there is to learn from."
@@ -280,9 +330,10 @@ def test_callbacks_that_scale_the_loss_or_its_gradient(make_learner, monkeypatch
 
 # ---- engines
 
-class SpectralNet(nn.Module):
-    def __init__(self): super().__init__(); self.conv,self.head = nn.utils.spectral_norm(nn.Conv2d(1, 8, 3)), nn.Linear(8, 4)
-    def forward(self, x): return self.head(self.conv(x).relu().mean((2, 3)))
+class Prototypes(nn.Module):
+    "Distances have no forward-mode derivative in PyTorch."
+    def __init__(self): super().__init__(); self.conv,self.prototypes = nn.Conv2d(1, 8, 3), nn.Parameter(torch.randn(4, 8))
+    def forward(self, x): return -torch.cdist(self.conv(x).relu().mean((2, 3)), self.prototypes)
 
 def test_falls_back_to_reverse_once(make_learner, used):
     set_seed(3)
@@ -290,17 +341,17 @@ def test_falls_back_to_reverse_once(make_learner, used):
     class Last(Callback):
         def before_batch(self):
             if self.training: seen[:] = [{k: v.clone() for k,v in self.model.state_dict().items()}, (tuple(self.xb), tuple(self.yb))]
-    learn = make_learner([MetaReweightCallback(), Last()], model=SpectralNet())
+    learn = make_learner([MetaReweightCallback(), Last()], model=Prototypes())
     with pytest.warns(UserWarning, match="has no forward-mode derivative.*engine='reverse'") as caught:
         learn.fit(1); learn.fit(1)
     assert len([w for w in caught if 'forward-mode' in str(w.message)]) == 1
-    model = SpectralNet()
+    model = Prototypes()
     model.load_state_dict(seen[0])
     expected = unrolled_weights(model, nn.CrossEntropyLoss(reduction='none'), seen[1], used.meta[-1])
     torch.testing.assert_close(used.weights[-1], expected.as_subclass(Tensor), atol=1e-5, rtol=1e-4)
 
 def test_forward_does_not_fall_back(make_learner):
-    learn = make_learner(MetaReweightCallback(engine='forward'), model=SpectralNet())
+    learn = make_learner(MetaReweightCallback(engine='forward'), model=Prototypes())
     with pytest.raises(NotImplementedError, match="engine='forward' can't be used"): learn.fit(1)
 
 # ---- the trusted loader
@@ -317,15 +368,56 @@ def test_meta_batches_are_reshuffled_and_all_used(make_learner, used):
         assert not torch.equal(seen[0], seen[1]), 'in another order'
         assert all(type(t) is Tensor for b in used.meta for part in b for t in part), 'no tensor subclass enters a virtual pass'
 
+def test_loaders_that_draw_with_replacement(make_learner, used):
+    "fastai's tabular loaders do, even with equal weights: trusted ones must all be used. A weighted loader keeps its weights."
+    df = pd.DataFrame(dict(x=np.arange(60.), y=[f'c{i%3}' for i in range(60)]))
+    dls = TabularDataLoaders.from_df(df, y_names='y', cont_names=['x'], procs=[Categorify], bs=16)
+    learn = make_learner(MetaReweightCallback(dls.test_dl(df[:20])), dls=dls, model=tabular_learner(dls, layers=[5]).model)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.fit(2)
+    seen = torch.cat([b[0][1][:, 0] for b in used.meta[:4]])
+    assert seen.tolist() != sorted(seen.tolist()) and sorted(seen[:10].tolist() + seen[10:20].tolist()) == sorted(df.x[:20].tolist())
+    weighted = WeightedDL(fa.Datasets(meta, [[lambda i: images[i]], [lambda i: int(labels[i])]]), bs=8, shuffle=True, wgts=np.array([1.]*4 + [0.]*20))
+    learn = make_learner(MetaReweightCallback(weighted))
+    used.meta.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # only four items are ever drawn, and some classes with none of them
+        learn.fit(1)
+    few = {round(images[i].sum().item(), 3) for i in meta[:4]}
+    assert {round(x.sum().item(), 3) for b in used.meta for x in b[0][0]} <= few
+
+def test_outputs_with_more_than_predictions(make_learner, used):
+    "fastai's text models return what their regularizer needs as well."
+    class Text(nn.Module):
+        def __init__(self, predict): super().__init__(); self.predict = predict
+        def forward(self, x):
+            out = self.predict(x)
+            return out,out.detach(),out.detach()
+    model = cnn()
+    make_learner([MetaReweightCallback(), RNNCallback()], model=Text(deepcopy(model))).fit(1)
+    make_learner(MetaReweightCallback(), model=model).fit(1)
+    n = len(used.weights)//2
+    for a,b in zip(used.weights[:n], used.weights[n:]): torch.testing.assert_close(a, b)
+
 def test_a_fit_is_reproducible(make_learner):
     def run():
         learn = make_learner(MetaReweightCallback(), dls=make_dls(batch_tfms=Augment())); set_seed(5); learn.fit(2, 1e-2)
         return parameters(learn)
     assert_close(run(), run(), rtol=0, atol=0)
 
-def test_a_loader_that_drops_all_is_named(make_learner):
-    learn = make_learner(MetaReweightCallback(torch_loader(bs=64, drop_last=True)))
-    with pytest.raises(ValueError, match=r'meta_dl yields no batch: DataLoader\(batch_size.*drop_last=True'): learn.fit(1)
+@pytest.mark.parametrize('loader', [lambda: torch_loader(bs=64, drop_last=True), lambda: torch_loader(meta + train[:1], 12), lambda: torch_loader(meta + train[:1], 12, shuffle=True),
+    lambda: make_dls().train.new(bs=4096, drop_last=True)])
+def test_all_items_are_used_in_batches_of_even_size(make_learner, used, loader):
+    "drop_last would leave nothing, and a last batch of one would break batch norm."
+    make_learner(MetaReweightCallback(loader())).fit(1)
+    sizes = {len(b[0][0]) for b in used.meta}
+    assert max(sizes) - min(sizes) < 3 and min(sizes) > 1
+
+def test_a_loader_that_yields_nothing_is_named(make_learner):
+    batches = torch.utils.data.BatchSampler(range(24), 64, drop_last=True)
+    learn = make_learner(MetaReweightCallback(TorchLoader(TensorDataset(images[meta], torch.tensor(labels[meta])), batch_sampler=batches)))
+    with pytest.raises(ValueError, match=r'meta_dl yields no batch: DataLoader\(batch_size.*drop_last'): learn.fit(1)
 
 class Corrupt(torch.utils.data.Dataset):
     def __len__(self): return 24
@@ -337,7 +429,7 @@ def test_a_corrupt_item_names_the_batch_and_training_can_go_on(make_learner):
     cb = MetaReweightCallback(TorchLoader(Corrupt(), 12))
     learn = make_learner(cb)
     loss_func = learn.loss_func
-    with pytest.raises(OSError, match=r'batch \d of meta_dl \(not read\): image 7 is truncated'): learn.fit(1)
+    with pytest.raises(OSError, match=r'batch \d of meta_dl \(could not be read\): image 7 is truncated'): learn.fit(1)
     assert learn.loss_func is loss_func
     cb.meta_dl = torch_loader()
     learn.fit(1)
@@ -433,7 +525,27 @@ def test_mixed_batches(make_learner, used, mix):
 
 def test_a_loss_without_per_item_values(make_learner):
     learn = make_learner(MetaReweightCallback(), loss_func=lambda out, y: F.cross_entropy(out, y))
-    with pytest.raises(ValueError, match="learn.loss_func.*can't give one loss per item.*`reduction`"): learn.fit(1)
+    with pytest.raises(ValueError, match="learn.loss_func.*can't give one loss per item.*`reduction`") as e: learn.fit(1)
+    assert 'meta_dl' not in str(e.value)
+
+class OwnLoss(nn.Module):
+    def forward(self, out, y): return F.cross_entropy(out, y)
+
+def test_a_loss_module_without_reduction(make_learner):
+    learn = make_learner(MetaReweightCallback(), loss_func=OwnLoss())
+    with pytest.raises(ValueError, match="can't give one loss per item"): learn.fit(1)
+
+@pytest.mark.parametrize('loss_func', [CrossEntropyLossFlat(weight=torch.tensor([1., 5., 1., 9.])), CrossEntropyLossFlat(ignore_index=2), CrossEntropyLossFlat(reduction='sum'),
+    LabelSmoothingCrossEntropyFlat(), FocalLossFlat(), nn.CrossEntropyLoss(label_smoothing=0.1), lambda out, y: F.cross_entropy(out, y, reduction='none')])
+def test_equal_weights_train_as_the_loss_does_by_itself(make_learner, monkeypatch, loss_func):
+    "PyTorch's mean with class weights or ignored labels is not the mean over the items."
+    monkeypatch.setattr(fastai_l2rw.callback, 'rectify', torch.ones_like)
+    trained = []
+    for callbacks in ([MetaReweightCallback()], [Callback(after_loss=lambda self: setattr(self.learn, 'loss_grad', self.loss_grad.mean()))]):
+        learn = make_learner(callbacks, loss_func=loss_func, opt_func=SGD, metrics=[])
+        learn.fit(2, 1e-2 if getattr(loss_func, 'reduction', '') != 'sum' else 1e-3)
+        trained.append(parameters(learn))
+    assert_close(*trained, rtol=1e-4, atol=1e-5)
 
 # ---- the record of weights
 
@@ -459,6 +571,15 @@ def test_item_weights_need_a_record_and_a_loader_that_tells(make_learner):
     with pytest.raises(ValueError, match=r'record=False'): learn.meta_reweight.item_weights()
     learn = make_learner(MetaReweightCallback(torch_loader()), dls=DataLoaders(torch_loader(train, 16), torch_loader())); learn.fit(1)
     with pytest.raises(ValueError, match='does not tell which items'): learn.meta_reweight.item_weights()
+
+def test_searching_a_learning_rate_leaves_the_record(make_learner):
+    learn = make_learner(MetaReweightCallback())
+    learn.fit(1)
+    before = learn.meta_reweight.item_weights()
+    learn.lr_find(show_plot=False, num_it=8)
+    learn.validate(); learn.get_preds()
+    assert learn.meta_reweight.item_weights().equals(before)
+    with pytest.raises(ValueError, match='last=0 must be'): learn.meta_reweight.item_weights(last=0)
 
 # ---- interruptions
 
@@ -491,10 +612,42 @@ def test_removing_and_adding_between_fits(make_learner, used):
     learn.fit(1, cbs=cb)
     assert len(used.weights) == 2*n and cb not in learn.cbs
 
+def test_comes_and_goes_as_one(make_learner, used):
+    "The callback brings a second one along, which applies the weights."
+    def names(learn): return sorted(type(cb).__name__ for cb in learn.cbs if 'Weigh' in type(cb).__name__ or 'Reweight' in type(cb).__name__)
+    both = ['MetaReweightCallback', '_WeighLoss']
+    learn = make_learner(cb := MetaReweightCallback())
+    with learn.removed_cbs(list(learn.cbs)): assert names(learn) == []
+    assert names(learn) == both
+    with pytest.raises(ValueError, match='has a MetaReweightCallback already'): learn.fit(1, cbs=MetaReweightCallback())
+    assert names(learn) == both and learn.meta_reweight is cb
+    other = make_learner(cb)
+    assert names(learn) == [] and names(other) == both and not hasattr(learn, 'meta_reweight')
+    other.fit(1)
+    assert used.weights
+    other.remove_cbs(MetaReweightCallback)
+    assert names(other) == [] and cb.learn is None
+
+def test_data_parallel(make_learner, used):
+    model = cnn()
+    for wrap in (nn.DataParallel, lambda m: m): make_learner(MetaReweightCallback(params=lambda m: m[1].parameters()), model=wrap(deepcopy(model))).fit(1)
+    n = len(used.weights)//2
+    for a,b in zip(used.weights[:n], used.weights[n:]): torch.testing.assert_close(a, b)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_on_a_gpu(make_learner, used):
+    learn = make_learner([MetaReweightCallback(torch_loader()), Spy()], dls=make_dls().cuda())
+    state = torch.cuda.get_rng_state()
+    learn.fit(1)
+    step = learn.spy.steps[0]
+    expected = unrolled_weights(step.model.eval(), nn.CrossEntropyLoss(reduction='none'), tuple(map(tuple, step.batch)), used.meta[0])
+    assert used.weights[0].is_cuda and expected.is_cuda and used.meta[0][0][0].is_cuda
+
 # ---- arguments
 
 @pytest.mark.parametrize('kwargs,error,message', [
     (dict(meta_dl=5), TypeError, 'meta_dl is a int'),
+    (dict(meta_dl=iter([1])), TypeError, 'meta_dl is a list_iterator, which can be read only once'),
     (dict(engine='jvp'), ValueError, "engine='jvp' is unknown: use 'auto' or 'forward' or 'reverse'"),
     (dict(on_zero='stop'), ValueError, "on_zero='stop' is unknown"),
     (dict(every=0), ValueError, 'every=0 must be a whole number, 1 or more'),
