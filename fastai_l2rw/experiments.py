@@ -51,7 +51,7 @@ class DigitsData:
         y = self.labels[self.train]
         return datasets.weighted_dataloaders(1/np.bincount(y)[y], bs=bs, num_workers=0)
 
-# %% ../nbs/07_experiments.ipynb #f6924672
+# %% ../nbs/07_experiments.ipynb #ba7f679b
 def digits_data(
     seed:int=0, # Seed of the split and of the wrong labels
     dominance:float=0.4, # Share of the training set that the dominant class makes up, before labels are flipped
@@ -60,6 +60,9 @@ def digits_data(
     dominant:int=0, # The dominant class
 )->DigitsData:
     "Split scikit-learn's digits and make their training part skewed and noisy; raises `ValueError` for a share that can't be reached."
+    if not 0 < dominance < 1: raise ValueError(f'dominance={dominance} must be a share, between 0 and 1')
+    if not 0 <= noise <= 1: raise ValueError(f'noise={noise} must be a share, from 0 to 1')
+    if not 1 <= trusted_per_class <= 100: raise ValueError(f'trusted_per_class={trusted_per_class} must be from 1 to 100')
     digits = load_digits()
     y,n_classes = digits.target.copy(),10
     rng = np.random.default_rng(seed)
@@ -145,20 +148,25 @@ def plot_results(
     right.set(title='mean weight in training', ylabel='1: as if all counted the same')
     return fig
 
-# %% ../nbs/07_experiments.ipynb #15f79171
+# %% ../nbs/07_experiments.ipynb #8545bad3
 @call_parse
 def l2rw_demo(
     seed:int=0, # First seed, of the split, the wrong labels, the initial weights and the batches
     seeds:int=3, # Number of seeds
     epochs:int=40, # Number of epochs of each training
+    dominance:float=0.4, # Share of the training set that the dominant class makes up
+    noise:float=0.35, # Share of training labels that are wrong
+    trusted:int=3, # Number of trusted examples per class
     out:Path=Path('l2rw_demo'), # Folder for the figure and the results
 ):
     "Compare reweighting with plain training and a weighted sampler on digits with wrong labels and a dominant class (about a minute)."
     for name,value in (('seeds', seeds), ('epochs', epochs)):
         if value < 1: raise SystemExit(f'--{name} is {value}, but must be 1 or more')
+    setting = dict(dominance=dominance, noise=noise, trusted_per_class=trusted)
+    try: data = digits_data(seed, **setting)
+    except ValueError as e: raise SystemExit(str(e))
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise SystemExit(f'--out is {out}, but must be a folder that can be written to: {e}')
-    data = digits_data(seed)
     print(f'{len(data.train)} training digits: {np.mean(data.labels[data.train] == data.dominant):.0%} are labelled {data.dominant}, and '
         f'{data.wrong[data.train].mean():.0%} of the labels are wrong. {len(data.trusted)} trusted digits, {len(data.test)} clean test digits.')
     runs = [(o, scheme) for o in range(seed, seed + seeds) for scheme in schemes]
@@ -166,7 +174,7 @@ def l2rw_demo(
     bar = progress_bar(runs)
     for run_seed,scheme in bar:
         bar.comment = f'seed {run_seed}, {scheme}'
-        data = digits_data(run_seed)
+        data = digits_data(run_seed, **setting)
         result,item_weights = train_scheme(data, scheme, run_seed, epochs)
         results.append(result)
         if item_weights is not None: weights.append(group_weights(data, item_weights))

@@ -75,6 +75,8 @@ def test_command(tmp_path):
     assert 'balanced accuracy' in done.stdout and '±' in done.stdout and '100.00%' in done.stdout
 
 @pytest.mark.parametrize('args,message', [(['--seeds', '0'], '--seeds is 0, but must be 1 or more'), (['--epochs', '-1'], '--epochs is -1'),
+    (['--dominance', '0.05'], "dominance=0.05 can't be reached"), (['--noise', '2'], 'noise=2.0 must be a share'), (['--trusted', '0'], 'trusted_per_class=0 must be'),
+    (['--dominance', '1'], 'dominance=1.0 must be a share'),
     (['--out', 'l2rw_demo'], '--out is l2rw_demo, but must be a folder')])
 def test_wrong_arguments(args, message, tmp_path):
     done = command(*args, cwd=tmp_path)
@@ -82,4 +84,4 @@ def test_wrong_arguments(args, message, tmp_path):
 
 def test_help(tmp_path):
     done = command('--help', cwd=tmp_path)
-    assert done.returncode == 0 and all(o in done.stdout for o in ('--seed ', '--seeds', '--epochs', '--out'))
+    assert done.returncode == 0 and all(o in done.stdout for o in ('--seed ', '--seeds', '--epochs', '--dominance', '--noise', '--trusted', '--out'))
