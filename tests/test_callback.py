@@ -28,7 +28,7 @@ class Spy(Callback):
     order = MetaReweightCallback.order - 1
     def before_fit(self): self.steps = []
     def before_batch(self):
-        if self.training: self.steps.append(SimpleNamespace(batch=(self.xb, self.yb), model=deepcopy(self.model), rng=torch.get_rng_state(), epoch=self.epoch))
+        if self.training: self.steps.append(SimpleNamespace(batch=(self.xb, self.yb), model=deepcopy(self.model), rng=torch.get_rng_state()))
     def after_loss(self):
         if self.training: self.steps[-1].loss = self.learn.loss.detach()
     def after_batch(self):
@@ -207,7 +207,7 @@ def test_others_read_the_right_columns(make_learner, tmp_path):
     assert abs(table.accuracy.max() - learn.save_model.best) < 1e-6
     assert abs(table.meta_loss.min() - learn.early_stopping.best) < 1e-6
 
-def test_the_validation_loss_stays_where_others_look_for_it(make_learner, monkeypatch):
+def test_the_validation_loss_stays_where_others_look_for_it(make_learner):
     "ShowGraphCallback takes the second value of each epoch."
     learn = make_learner(MetaReweightCallback())
     losses = []
