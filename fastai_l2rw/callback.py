@@ -8,15 +8,13 @@ __all__ = ['MetaReweightCallback']
 # %% ../nbs/01_callback.ipynb #c8a61d74
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from inspect import signature
 
-import numpy as np, pandas as pd, torch
+import pandas as pd, torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
-from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
-from fastai.callback.core import Callback
+from torch.utils._pytree import tree_leaves
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixHandler
 from fastai.callback.rnn import RNNCallback
 from fastai.callback.schedule import ParamScheduler
@@ -24,85 +22,14 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.layers import NoneReduce
 from fastai.learner import Recorder
-from fastai.torch_core import find_bs, one_param, to_device
+from fastai.optimizer import Optimizer
+from fastai.torch_core import find_bs, one_param
 from fastcore.basics import store_attr
 from fastcore.xtras import modify_exception
 
+from .lookahead import _bare, virtual_step
 from .reweight import *
-
-# %% ../nbs/01_callback.ipynb #05ed91ce
-def _even(n, bs):
-    "A batch size of `bs` at most, with which `n` items come in as few batches, but of about the same size."
-    return -(-n // -(-n // bs))
-
-def _shuffled(dl):
-    "`dl`, or the same with its items in a new order in each pass if it would not do that."
-    if isinstance(dl, DataLoader) and dl.indexed and dl.bs and dl.n:
-        weights = getattr(dl, 'wgts', None)
-        if weights is not None and dl.shuffle and np.ptp(weights) > 0: return dl # draws at random as it is, and `new` would lose the weights
-        dl = dl.new(shuffle=True, drop_last=False, bs=_even(dl.n, dl.bs), num_workers=0)
-        if weights is not None: dl.get_idxs = partial(DataLoader.get_idxs, dl) # tabular loaders draw with replacement
-        return dl
-    if isinstance(dl, torch.utils.data.DataLoader) and type(dl.sampler) in (SequentialSampler, RandomSampler) and (
-        dl.batch_size and type(dl.batch_sampler) is BatchSampler and not getattr(dl.sampler, 'replacement', False) and len(dl.sampler) == len(dl.dataset) > 0):
-        same = ('num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn', 'multiprocessing_context', 'generator',
-                'prefetch_factor', 'persistent_workers')
-        return torch.utils.data.DataLoader(dl.dataset, _even(len(dl.dataset), dl.batch_size), shuffle=True, **{k: getattr(dl, k) for k in same})
-    return dl
-
-def _endless(dl):
-    "Batches of `dl` for ever, each with the number of the pass it belongs to."
-    epoch = 0
-    while True:
-        empty = True
-        for b in dl:
-            empty = False
-            yield epoch, b
-        if empty: raise ValueError(f'meta_dl yields no batch: {_describe(dl)}. It needs at least one labelled, trusted example, '
-            'and a batch size that is not larger than the number of examples if it has drop_last=True.')
-        epoch += 1
-
-def _describe(dl):
-    "A loader in words."
-    facts = ', '.join(f'{k}={getattr(dl, k)}' for k in ('n','bs','batch_size','drop_last') if hasattr(dl, k))
-    return f'{type(dl).__name__}({facts})'
-
-# %% ../nbs/01_callback.ipynb #0cb96e90
-def _plain(x):
-    "`x` with fastai's tensor types taken off: a virtual pass has no use for them, and they cost time."
-    return tree_map_only(Tensor, lambda t: t.as_subclass(Tensor), x)
-
-def _shapes(x): return str(tree_map_only(Tensor, lambda t: tuple(t.shape), x))
-
-# %% ../nbs/01_callback.ipynb #5375b02b
-class _MetaBatches:
-    "Trusted batches `(xb, yb)` for ever, as plain tensors on `device`, read without moving the random stream."
-    def __init__(self, dl, device, n_inp, vocab=()):
-        self.device,self.n_inp,self.seed,self.n_read = device,n_inp,derived_seed(device),0
-        self.lacking = {i:o for i,o in enumerate(vocab) if o != '#na#'} # classes of which no example has been seen, by label
-        with forked_random(device, self.seed): self.batches = _endless(_shuffled(dl))
-
-    def __next__(self):
-        self.n_read += 1
-        with forked_random(self.device, self.seed + self.n_read): epoch,b = next(self.batches)
-        n_inp = self.n_inp or (max(len(b) - 1, 1) if isinstance(b, (tuple, list)) else 1) # as the Learner splits its batches
-        if not isinstance(b, (tuple, list)) or len(b) <= n_inp:
-            raise ValueError(f'{n_inp} input(s) and then the labels were expected, not {_shapes(_plain(b))}: are the labels missing?')
-        b = _plain(to_device(tuple(b), self.device))
-        xb,yb = b[:n_inp],b[n_inp:]
-        if self.lacking: self.note_labels(yb, epoch)
-        return xb,yb
-
-    def note_labels(self, yb, epoch):
-        "Warn of classes that the trusted examples lack, once all of these have been seen."
-        if len(yb) > 1 or yb[0].numel() != len(yb[0]) or yb[0].is_floating_point(): self.lacking = {} # not one label per item
-        elif epoch == 0:
-            seen = set(yb[0].flatten().tolist())
-            self.lacking = {i:o for i,o in self.lacking.items() if i not in seen}
-        else:
-            warnings.warn(f'meta_dl has no example of {", ".join(map(str, self.lacking.values()))}: nothing speaks for learning these '
-                'classes, and most of their examples will get the weight 0. Add a few trusted ones.')
-            self.lacking = {}
+from .trusted import TrustedBatches, _describe, _plain, _shapes
 
 # %% ../nbs/01_callback.ipynb #20ad425b
 def _takes_reduction(loss_func):
@@ -128,12 +55,28 @@ class _WeighLoss(Callback):
     def __init__(self, reweight): self.reweight = reweight
     def after_loss(self): self.reweight._weigh_loss()
 
-# %% ../nbs/01_callback.ipynb #c6623beb
+# %% ../nbs/01_callback.ipynb #a9f278c8
+@contextmanager
+def _naming(where):
+    "Say in an error which batch it is about."
+    try: yield
+    except (_LossError, NoForwardDerivative): raise
+    except Exception as e: raise modify_exception(e, f'{where()}: {e}', replace=True)
+
+def _finite(t): return t.isfinite() if t.is_floating_point() or t.is_complex() else torch.ones_like(t, dtype=torch.bool)
+
+def _not_finite_items(batch):
+    "Positions of the items with NaN or infinite values."
+    bad = [~_finite(t).reshape(len(t), -1).all(1) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.numel()]
+    return torch.stack(bad).any(0).nonzero().flatten().tolist() if bad else []
+
+# %% ../nbs/01_callback.ipynb #1b56e92f
 class MetaReweightCallback(Callback):
     "Weigh each training example, in each step, by how much learning from it lowers the loss on trusted examples (Ren et al. 2018, Algorithm 1)."
     order,run_valid = Recorder.order+5,False # after the Recorder has named its columns, before others (60) read the names
-    _stateattrs = ('meta_dl','_meta_batches','_meta_direction','_example_weights','_epoch_stats','_weight_log') # none of it is exported
-    meta_dl = _meta_batches = _meta_direction = _example_weights = _epoch_stats = None
+    remove_on_fetch = True # as the Recorder, whose log it adds to
+    _stateattrs = ('meta_dl','_trusted','_meta_grad','_meta_batch','_example_weights','_epoch_stats','_epoch_means','_weight_log') # none of it is exported
+    meta_dl = _trusted = _meta_grad = _meta_batch = _example_weights = _epoch_stats = _epoch_means = None
     _weight_log = ()
 
     def __init__(self,
@@ -141,6 +84,7 @@ class MetaReweightCallback(Callback):
         *,
         params:Callable|None=None, # `params(model)` gives the parameters to look ahead along; default: all that the optimizer moves
         engine:str='auto', # 'forward', 'reverse', or 'auto': 'forward' as long as the model's operators allow it
+        lookahead:str='sgd', # Look ahead along a step of plain SGD ('sgd', as in the paper) or of the Learner's own optimizer ('opt')
         every:int=1, # Number of steps for which the gradient on a trusted batch is used
         start:int=0, # Number of epochs of plain training before the reweighting begins, in each fit
         on_zero:str='skip', # If no example of a batch helps: learn nothing from it ('skip') or weigh all alike ('uniform')
@@ -153,7 +97,7 @@ class MetaReweightCallback(Callback):
         if params is not None and not callable(params):
             raise TypeError(f'params is a {type(params).__name__}, but must be a function from the model to some of its parameters, '
                 'such as lambda model: model[-1].parameters()')
-        for name,value,allowed in (('engine', engine, ('auto','forward','reverse')), ('on_zero', on_zero, ('skip','uniform'))):
+        for name,value,allowed in (('engine', engine, ('auto','forward','reverse')), ('lookahead', lookahead, ('sgd','opt')), ('on_zero', on_zero, ('skip','uniform'))):
             if value not in allowed: raise ValueError(f"{name}={value!r} is unknown: use {' or '.join(map(repr, allowed))}")
         for name,value,least in (('every', every, 1), ('start', start, 0)):
             if not isinstance(value, int) or value < least: raise ValueError(f'{name}={value!r} must be a whole number, {least} or more')
@@ -180,6 +124,8 @@ class MetaReweightCallback(Callback):
     def before_fit(self):
         "Name the columns of the progress table. Validation and prediction come through here too, and need no trusted loader."
         self._let_go()
+        self._unmix()
+        self._seed = derived_seed(self._device())
         if not hasattr(self.learn, 'recorder'): return
         names = self.recorder.metric_names
         at = len(names) - bool(self.recorder.add_time) # the last, since others count on the place of the validation loss
@@ -187,30 +133,44 @@ class MetaReweightCallback(Callback):
 
     def before_train(self):
         "Find the trusted loader, and the parameters to look ahead along, which can change from one epoch to the next."
-        self._lookahead_groups = self._find_groups()
+        self._groups = self._find_groups()
         self._n_weighed,self._epoch_stats = 0,dict(meta_loss=[], zero_weights=[], ess=[])
-        if self._meta_batches is not None: return
-        self._meta_batches = _MetaBatches(self._find_meta_dl(), self._device(), getattr(self.dls, 'n_inp', None), self._class_names())
+        if self._trusted is not None: return self._trusted.begin(self.epoch)
+        self._recall(self._memory())
         if not self._searching(): self._weight_log = []
+        self._trusted = TrustedBatches(self._find_meta_dl(), self._device(), getattr(self.dls, 'n_inp', None), self._class_names(), self._seed)
+        self._trusted.begin(self.epoch)
+        if self.lookahead == 'opt': virtual_step(self.opt, self._params())
         if self.epoch < self.start: # errors shall come now and not after some epochs
-            self._meta_gradient()
+            self._meta_gradient(list(self._groups))
             self._epoch_stats['meta_loss'].clear()
 
     def before_batch(self):
         "Compute the weights of the batch."
         self._example_weights = None
         if self.epoch < self.start: return
+        if self._trusted is None: self.before_train() # a prediction in between has ended what it took for its own fit
         for cb in self.learn.cbs:
             if isinstance(cb, ParamScheduler): cb('before_batch') # stands after us, but sets the learning rates of this step
-        if self._n_weighed % self.every == 0: self._meta_direction = self._meta_gradient()
-        self._n_weighed += 1
-        u = self._alignment((_plain(self.xb), _plain(self.yb)), scale_gradient(self._meta_direction, self._step_sizes()))
-        if self.every == 1: self._meta_direction = None # its memory is better used by the training step
-        w = normalise(rectify(u))
+        try: w = self._weights((_plain(self.xb), _plain(self.yb)))
+        except BaseException:
+            self._unmix()
+            self._let_go()
+            raise
         self._log(zero_weights=(w == 0).float().mean(), ess=effective_sample_size(w))
         if self.on_zero == 'uniform': w = torch.where(w.sum() == 0, 1/len(w), w)
         if self.record and not self._searching(): self._weight_log.append((self.epoch, self._batch_items(len(w)), w*len(w)))
         self._example_weights = w
+
+    def _weights(self, batch):
+        "The weights of a batch."
+        at,pull_back = self._lookahead()
+        if self._n_weighed % self.every == 0: self._meta_grad = self._meta_gradient(at)
+        self._n_weighed += 1
+        u = self._alignment(batch, pull_back(self._meta_grad))
+        self._check_finite(u, batch)
+        if self.every == 1: self._meta_grad = None # its memory is better used by the training step
+        return normalise(rectify(u))
 
     def _weigh_loss(self):
         "Weigh the losses of the batch, which has been predicted by now."
@@ -223,28 +183,48 @@ class MetaReweightCallback(Callback):
         self.learn.loss_grad = scale * (self._example_weights * losses).sum()
         self.learn.loss = self.loss_grad.clone()
 
+    def after_step(self):
+        "Keep what a resumed fit needs where `learn.save` finds it: beside the optimizer's state of a parameter."
+        opt = _bare(self.opt)
+        state = next((opt.state[p] for p,*_ in self.opt.all_params() if opt.state.get(p)), None)
+        if state is None and isinstance(opt, (Optimizer, torch.optim.SGD)): state = opt.state[self.opt.all_params()[0][0]]
+        if state is not None: state['meta_reweight'] = self._to_remember() # others take a state that isn't empty for complete
+
+    def after_train(self):
+        stats,self._epoch_stats = self._epoch_stats or {},None
+        self._epoch_means = [torch.stack(o).mean().item() if o else float('nan') for o in stats.values()]
+
     def after_validate(self):
         "Log the means over the epoch."
-        stats,self._epoch_stats = self._epoch_stats,None
-        if stats is None or not hasattr(self.learn, 'recorder') or self.recorder.cancel_train: return
-        self.recorder.log += [torch.stack(o).mean().item() if o else float('nan') for o in stats.values()]
+        means,self._epoch_means = self._epoch_means,None
+        if means and hasattr(self.learn, 'recorder') and not self.recorder.cancel_train: self.recorder.log += means
 
     def after_fit(self): self._let_go()
 
     def _let_go(self):
         "Drop the trusted batches and the tensors of the last step."
-        self._meta_batches = self._example_weights = self._meta_direction = self._epoch_stats = None
+        self._trusted = self._meta_batch = self._meta_grad = self._example_weights = self._epoch_stats = self._epoch_means = None
 
     def _searching(self): return hasattr(self.learn, 'lr_finder') # is this no real training?
+
+    def _to_remember(self): return dict(seed=self._seed)
+
+    def _memory(self):
+        "What `after_step` kept in the optimizer, which may have been loaded since."
+        return next((state['meta_reweight'] for state in _bare(self.opt).state.values() if 'meta_reweight' in state), {})
+
+    def _recall(self, memory):
+        "Go on with the seed of the fit that is resumed, if it is."
+        if self.epoch > 0: self._seed = memory.get('seed', self._seed)
 
     def _find_meta_dl(self):
         if self.meta_dl is not None: return self.meta_dl
         if self._was_given: raise ValueError('meta_dl is not here: trusted examples are not copied or exported with a Learner. '
-            'To train on, set learn.meta_reweight.meta_dl to a loader of trusted, labelled examples.')
+            f'To train on, set learn.{self.name}.meta_dl to a loader of trusted, labelled examples.')
         loaders = getattr(self.dls, 'loaders', [])
         if len(loaders) > 2: return loaders[2]
         raise ValueError(f'meta_dl=None, and learn.dls has {len(loaders)} loaders, of which the third would have been taken. Pass a loader '
-            'of trusted, labelled examples, MetaReweightCallback(meta_dl), or give your DataBlock a splitter that makes three parts.')
+            f'of trusted, labelled examples, {type(self).__name__}(meta_dl), or give your DataBlock a splitter that makes three parts.')
 
     def _bare_model(self): return self.model.module if isinstance(self.model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else self.model
 
@@ -266,32 +246,53 @@ class MetaReweightCallback(Callback):
         raise ValueError('there is no parameter to look ahead along: ' + ('all parameters of the optimizer are frozen' if self.params is None
             else 'params(learn.model) gives none that the optimizer moves; are they frozen?'))
 
-    def _step_sizes(self):
-        "Each parameter's learning rate, as a share of the largest: a common factor does not change the weights."
-        lrs = [h['lr'] for h in self.opt.hypers]
-        largest = max(lrs[g] for g in self._lookahead_groups.values()) or 1
-        return {k: lrs[g]/largest for k,g in self._lookahead_groups.items()}
+    def _params(self): return {k: p for k,p in self._bare_model().named_parameters() if k in self._groups}
 
-    def _meta_gradient(self):
+    def _lookahead(self):
+        "Where the gradient on a trusted batch is taken, by name, and what it is pulled back to as a direction."
+        if self.lookahead == 'opt': return virtual_step(self.opt, self._params())
+        lrs = [h['lr'] for h in self.opt.hypers]
+        largest = max(lrs[g] for g in self._groups.values()) or 1 # a common factor does not change the weights
+        return list(self._groups), lambda gradient: scale_gradient(gradient, {k: lrs[g]/largest for k,g in self._groups.items()})
+
+    def _meta_gradient(self, at):
         "The gradient on the next trusted batch."
-        batch = 'could not be read'
-        try:
-            batch = next(self._meta_batches)
-            gradient,loss = meta_gradient(self._bare_model(), self._trusted_losses, batch, self._lookahead_groups)
-        except _LossError: raise
-        except Exception as e: raise modify_exception(e, f'batch {self._meta_batches.n_read} of meta_dl ({_shapes(batch)}): {e}', replace=True)
+        self._meta_batch = None
+        with _naming(self._where_trusted):
+            self._meta_batch = next(self._trusted)
+            gradient,loss = meta_gradient(self._bare_model(), self._trusted_losses, self._meta_batch, at)
         self._log(meta_loss=loss)
         return gradient
 
     def _alignment(self, batch, direction):
         "The alignments of the batch, by the engine that the model's operators allow."
-        try: return alignment(self._bare_model(), self._training_losses, batch, direction, self._engine)
+        try:
+            with _naming(lambda: self._where(batch)): return alignment(self._bare_model(), self._training_losses, batch, direction, self._engine)
         except NoForwardDerivative as e:
             if self.engine != 'auto': raise
             warnings.warn(f"{e.operator} has no forward-mode derivative in PyTorch, so the weights are computed by engine='reverse' "
                 "from now on: as exact, but slower and with more memory. Pass engine='reverse' to silence this.")
             self._engine = 'reverse'
             return self._alignment(batch, direction)
+
+    def _where(self, batch):
+        return f'batch {self.iter} of the training loader in epoch {self.epoch} ({_shapes(batch)})'
+
+    def _where_trusted(self):
+        return f'batch {self._trusted.n_read} of meta_dl in epoch {self.epoch} ({_shapes(self._meta_batch) if self._meta_batch else "could not be read"})'
+
+    def _check_finite(self, u, batch):
+        "Raise `FloatingPointError` if an alignment is not finite, before the training pass spreads that, and say where it comes from."
+        if u.isfinite().all(): return
+        if self._searching(): raise CancelFitException() # lr_find raises the learning rate until it has gone too far
+        state = [k for k,t in self._bare_model().state_dict().items() if not _finite(t).all()]
+        if state: raise FloatingPointError(f'the model holds NaN or infinite values, in {state[0]} and {len(state) - 1} other parameters or buffers: '
+            f'the training has diverged before batch {self.iter} of epoch {self.epoch}. A smaller learning rate or GradientClip may help.')
+        for where,b in ((self._where_trusted(), self._meta_batch), (self._where(batch), batch)):
+            if bad := _not_finite_items(b): raise FloatingPointError(f'{where} holds NaN or infinite values, in its item(s) {bad}')
+        bad = (~u.isfinite()).nonzero().flatten().tolist()
+        raise FloatingPointError(f'{self._where(batch)}: the alignments of its item(s) {bad} with {self._where_trusted()} are NaN or infinite, although '
+            'the model and both batches are finite. Does the loss, or a layer, overflow or divide by zero?')
 
     def _trusted_losses(self, pred, *yb):
         "One loss per item of a trusted batch."
@@ -311,6 +312,10 @@ class MetaReweightCallback(Callback):
         "The callback of fastai that has put its own loss function in the place of the user's to mix targets, if any."
         owner = getattr(self.learn.loss_func, '__self__', None)
         return owner if isinstance(owner, MixHandler) else None
+
+    def _unmix(self):
+        "Give back the user's loss function, which MixUp and CutMix leave behind when an error ends the training."
+        if mixer := self._mixer(): self.learn.loss_func = mixer.old_lf
 
     def _log(self, **stats):
         for k,v in stats.items(): self._epoch_stats[k].append(v)

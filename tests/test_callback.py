@@ -145,14 +145,14 @@ def test_exported_learner_holds_no_meta_data(make_learner, tmp_path):
     loader = TorchLoader(TensorDataset(secret, torch.tensor(labels[meta])), 12)
     learn = make_learner(MetaReweightCallback(loader))
     with pytest.raises(ZeroDivisionError): learn.fit(1, cbs=Callback(after_step=lambda self: 1/0)) # an interrupted fit has batches at hand
-    assert learn.meta_reweight._meta_batches is not None
+    assert learn.meta_reweight._trusted is not None
     learn.export('l.pkl')
     assert secret[0].numpy().tobytes()[:64] not in (tmp_path/'l.pkl').read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         loaded = load_learner(tmp_path/'l.pkl')
     cb = loaded.meta_reweight
-    assert cb.meta_dl is None and cb._meta_batches is None and len(cb._weight_log) == 0
+    assert cb.meta_dl is None and cb._trusted is None and len(cb._weight_log) == 0
     x = images[3]
     loaded.remove_cbs(ProgressCallback)
     torch.testing.assert_close(loaded.predict(x)[2], learn.predict(x)[2])
@@ -177,7 +177,7 @@ def test_nothing_trusted_stays_after_a_fit(make_learner):
     learn = make_learner(MetaReweightCallback(every=2))
     learn.fit(1)
     held = vars(learn.meta_reweight)
-    assert held['_meta_batches'] is None and held['_meta_direction'] is None and held['_example_weights'] is None
+    assert all(held[o] is None for o in ('_trusted', '_meta_batch', '_meta_grad', '_example_weights'))
 
 # ---- the progress table
 
@@ -429,7 +429,7 @@ def test_a_corrupt_item_names_the_batch_and_training_can_go_on(make_learner):
     cb = MetaReweightCallback(TorchLoader(Corrupt(), 12))
     learn = make_learner(cb)
     loss_func = learn.loss_func
-    with pytest.raises(OSError, match=r'batch \d of meta_dl \(could not be read\): image 7 is truncated'): learn.fit(1)
+    with pytest.raises(OSError, match=r'batch \d of meta_dl in epoch 0 \(could not be read\): image 7 is truncated'): learn.fit(1)
     assert learn.loss_func is loss_func
     cb.meta_dl = torch_loader()
     learn.fit(1)
