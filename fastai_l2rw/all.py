@@ -2,3 +2,4 @@
 from fastai_l2rw.reweight import *
 from fastai_l2rw.callback import *
 from fastai_l2rw.metrics import *
+from fastai_l2rw.data.core import *
