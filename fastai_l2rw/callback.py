@@ -248,12 +248,13 @@ class MetaReweightCallback(Callback):
 
     def _params(self): return {k: p for k,p in self._bare_model().named_parameters() if k in self._groups}
 
-    def _lookahead(self):
-        "Where the gradient on a trusted batch is taken, by name, and what it is pulled back to as a direction."
-        if self.lookahead == 'opt': return virtual_step(self.opt, self._params())
-        lrs = [h['lr'] for h in self.opt.hypers]
-        largest = max(lrs[g] for g in self._groups.values()) or 1 # a common factor does not change the weights
-        return list(self._groups), lambda gradient: scale_gradient(gradient, {k: lrs[g]/largest for k,g in self._groups.items()})
+    def _lookahead(self, gradient=None):
+        "Where a step along `gradient` (default: zero) leads, by name, and what pulls a gradient there back to a direction."
+        if self.lookahead == 'opt': return virtual_step(self.opt, self._params(), gradient)
+        rates = {k: self.opt.hypers[g]['lr'] for k,g in self._groups.items()}
+        if gradient is not None: return {k: p.detach() - rates[k]*gradient[k] for k,p in self._params().items()}, lambda g: scale_gradient(g, rates)
+        largest = max(rates.values()) or 1 # a common factor does not change the weights
+        return list(rates), lambda g: scale_gradient(g, {k: rate/largest for k,rate in rates.items()})
 
     def _meta_gradient(self, at):
         "The gradient on the next trusted batch."

@@ -40,8 +40,9 @@ def _check_differentiable(opt):
 def virtual_step(
     opt:torch.optim.Optimizer, # PyTorch's or fastai's optimizer; it stays as it is
     params:Mapping[str,nn.Parameter], # Parameters of `opt` to look ahead along, by name; all others stay where they are
-)->tuple[dict[str,Tensor],Callable]: # The parameters after a step with zero gradient, and a function from a gradient there to the direction $v$, both by name
-    "What a step of the optimizer does with a small gradient; raises `ValueError` if its step has no derivative, or one that is zero everywhere."
+    gradient:Mapping[str,Tensor]|None=None, # Gradient of the step, by name; default: zero
+)->tuple[dict[str,Tensor],Callable]: # The parameters after the step, and a function from a gradient there to the direction $v$, both by name
+    "A step of the optimizer, and what a small change of its gradient would do; raises `ValueError` if that is nothing, or unknown to autograd."
     _check_differentiable(opt)
     names = {p: k for k,p in params.items()}
     memo,stepped,gradients = {},{},{}
@@ -51,7 +52,7 @@ def virtual_step(
             memo.update({id(t): t for t in tree_leaves(_bare(opt).state.get(p))}) # will not be touched
             continue
         memo[id(p)] = stepped[names[p]] = p.detach().clone()
-        gradients[names[p]] = torch.zeros_like(p, requires_grad=True)
+        gradients[names[p]] = (torch.zeros_like(p) if gradient is None else gradient[names[p]].clone()).requires_grad_()
         stepped[names[p]].grad = gradients[names[p]].clone()
     shadow = deepcopy(opt, memo)
     if isinstance(bare := _bare(shadow), torch.optim.Optimizer):
