@@ -12,18 +12,30 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 # %% ../nbs/00a_lookahead.ipynb #893195d7
 class _Traced(TorchFunctionMode):
     "Lets autograd see through an optimizer's step."
+    def __init__(self):
+        super().__init__()
+        self.traced = {} # single numbers go about without their history, which is kept here
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
+        args,kwargs = tree_map_only(Tensor, lambda t: self.traced.get(t, t), (args, dict(kwargs or {})))
+        out = self._call(func, args, kwargs)
+        if not isinstance(out, Tensor) or out.ndim or not out.requires_grad or any(out is a for a in args): return out
+        number = out.detach()
+        self.traced[number] = out
+        return number
+
+    def _call(self, func, args, kwargs):
         if func in (Tensor.detach, Tensor.detach_, torch.detach) or func == Tensor.data.__get__: return args[0]
-        if func in (Tensor.sqrt, torch.sqrt):
+        if func in (Tensor.sqrt, torch.sqrt, Tensor.sqrt_):
             positive = args[0] > 0
-            return torch.where(positive, args[0], 1).sqrt() * positive
-        for k in ('alpha', 'value'): # factors that PyTorch takes as numbers only, without a derivative
+            root = torch.where(positive, args[0], 1)**0.5 * positive
+            return args[0].copy_(root) if func is Tensor.sqrt_ else root
+        for k in ('alpha', 'value'): # factors that PyTorch takes for constants
             if isinstance(kwargs.get(k), Tensor): args = (args[0], kwargs.pop(k)*args[1], *args[2:])
         return func(*args, **kwargs)
 

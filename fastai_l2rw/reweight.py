@@ -226,7 +226,11 @@ def _reverse_alignment(losses, params, direction):
         cotangent = torch.zeros_like(losses, requires_grad=True)
         gradient = torch.autograd.grad(losses, list(params.values()), cotangent, create_graph=True, materialize_grads=True)
         projection = sum((g*direction[k]).sum() for k,g in zip(params, gradient))
-        return torch.autograd.grad(projection, cotangent)[0]
+        try: return torch.autograd.grad(projection, cotangent)[0]
+        except RuntimeError as e:
+            if not (found := re.search(r'derivative for (\S+) is not implemented', str(e))): raise
+            raise NotImplementedError(f"engine='reverse' can't be used: {found[1]} has no derivative in PyTorch {torch.__version__}. "
+                "Use engine='forward', which needs no second derivative.") from e
 
 _engines = dict(forward=_forward_alignment, reverse=_reverse_alignment)
 

@@ -1,13 +1,17 @@
 "Small real data and Learners for the tests: the handwritten digits that scikit-learn ships."
-import random
+import random, warnings
+from copy import deepcopy
 import pytest, torch
-from fastai.basics import CategoryBlock, DataBlock, Learner, TransformBlock, accuracy, noop, params, set_seed
+from fastai.basics import Callback, CategoryBlock, DataBlock, Learner, TransformBlock, accuracy, noop, params, set_seed
 from fastai.callback.all import ProgressCallback
 from fastai.layers import ConvLayer, NormType
 from fastai.losses import CrossEntropyLossFlat
 from fasttransform import ItemTransform
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader as TorchLoader, TensorDataset
 from sklearn.datasets import load_digits
+
+from fastai_l2rw.all import MetaReweightCallback, normalise, rectify, unrolled_weights
 
 digits = load_digits(n_class=4)
 images,labels = torch.tensor(digits.images, dtype=torch.float32)[:, None]/16, digits.target
@@ -48,3 +52,35 @@ def make_learner(tmp_path):
         learn.logger = noop
         return learn
     return make
+
+def tensors(*data, bs=8): return TorchLoader(TensorDataset(*data), bs, drop_last=True)
+
+class Oracle(Callback):
+    "Computes the weights of each step anew, by differentiating through the look-ahead."
+    order = MetaReweightCallback.order + 1 # the random stream and the model are as our callback found them
+    run_valid = False
+    def __init__(self, per_item, weights=unrolled_weights): self.per_item,self.weights = per_item,weights
+    def before_fit(self): self.compared = self.positive = self.varied = 0
+    def before_batch(self):
+        cb = self.learn.meta_reweight
+        model = getattr(self.model, 'module', self.model)
+        batch,meta_batch = [[[o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in part] for part in b] for b in ((self.xb, self.yb), cb._meta_batch)]
+        lrs = {p: h['lr'] for ps,h in zip(self.opt.param_lists, self.opt.hypers) for p in ps}
+        rates = {k: lrs[p] for k,p in model.named_parameters() if p.requires_grad}
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            expected = self.weights(model, self.per_item, tuple(map(tuple, batch)), tuple(map(tuple, meta_batch)), params=list(rates), step_size=rates)
+        got = cb._example_weights
+        assert (got - expected).norm() <= 1e-4 * expected.norm() + 1e-7, (got, expected)
+        self.compared += 1
+        self.positive += (got > 0).sum().item()
+        self.varied += len(got.unique()) > 1
+
+def dot_products(model, loss_func, batch, meta_batch, params, step_size):
+    "Weights by one ordinary backward pass for each example; for models of which PyTorch has no second derivative, and without randomness."
+    model = deepcopy(model)
+    named = {k: p for k,p in model.named_parameters() if k in params}
+    def gradient(loss): return torch.autograd.grad(loss, list(named.values()), retain_graph=True, materialize_grads=True, allow_unused=True)
+    meta = gradient(loss_func(model(*meta_batch[0]), *meta_batch[1]).mean())
+    losses = loss_func(model(*batch[0]), *batch[1])
+    return normalise(rectify(torch.stack([sum(step_size[k]*(a*b).sum() for k,a,b in zip(named, meta, gradient(l))) for l in losses])))
