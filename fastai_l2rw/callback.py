@@ -132,12 +132,15 @@ class MetaReweightCallback(Callback):
         self.recorder.metric_names = names[:at] + ['meta_loss','zero_weights','ess'] + names[at:]
 
     def before_train(self):
+        if self._trusted is None and not self._searching(): self._weight_log = []
+        self._begin()
+
+    def _begin(self):
         "Find the trusted loader, and the parameters to look ahead along, which can change from one epoch to the next."
         self._groups = self._find_groups()
         self._n_weighed,self._epoch_stats = 0,dict(meta_loss=[], zero_weights=[], ess=[])
         if self._trusted is not None: return self._trusted.begin(self.epoch)
         self._recall(self._memory())
-        if not self._searching(): self._weight_log = []
         self._trusted = TrustedBatches(self._find_meta_dl(), self._device(), getattr(self.dls, 'n_inp', None), self._class_names(), self._seed)
         self._trusted.begin(self.epoch)
         if self.lookahead == 'opt': virtual_step(self.opt, self._params())
@@ -149,7 +152,7 @@ class MetaReweightCallback(Callback):
         "Compute the weights of the batch."
         self._example_weights = None
         if self.epoch < self.start: return
-        if self._trusted is None: self.before_train() # a prediction in between has ended what it took for its own fit
+        if self._trusted is None: self._begin() # a prediction in between has ended what it took for its own fit
         for cb in self.learn.cbs:
             if isinstance(cb, ParamScheduler): cb('before_batch') # stands after us, but sets the learning rates of this step
         try: w = self._weights((_plain(self.xb), _plain(self.yb)))

@@ -16,6 +16,6 @@ def test_the_algorithm_needs_no_fastai():
 
 def test_all_exports_everything():
     import fastai_l2rw.all as everything
-    from fastai_l2rw import callback, metrics, reweight
-    for module in (callback, metrics, reweight):
+    from fastai_l2rw import callback, lookahead, metrics, reweight, schemes
+    for module in (callback, lookahead, metrics, reweight, schemes):
         for name in module.__all__: assert getattr(everything, name) is getattr(module, name)
