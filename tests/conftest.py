@@ -13,6 +13,8 @@ from sklearn.datasets import load_digits
 
 from fastai_l2rw.all import MetaReweightCallback, normalise, rectify, unrolled_weights
 
+torch.set_num_threads(1) # threads are no gain for tensors this small, and a loss on a busy machine
+
 digits = load_digits(n_class=4)
 images,labels = torch.tensor(digits.images, dtype=torch.float32)[:, None]/16, digits.target
 parts = [list(range(i, len(labels), 12))[:60] + extra for i,extra in ((0, list(range(1, 240, 12))), (2, []), (4, []))]

@@ -108,9 +108,9 @@ def test_class_weights():
 
 def table():
     rng = np.random.default_rng(0)
-    return pd.DataFrame(dict(a=rng.choice(list('xyz'), 60), text=['a b c d'[:1 + i % 7] for i in range(60)], y=['no']*50 + ['yes']*10)).sample(frac=1, random_state=0)
+    return pd.DataFrame(dict(a=rng.choice(list('xyz'), 60), b=rng.normal(size=60), text=['a b c d'[:1 + i % 7] for i in range(60)], y=['no']*50 + ['yes']*10)).sample(frac=1, random_state=0)
 
-def tabular(): return TabularDataLoaders.from_df(table(), procs=[Categorify], cat_names=['a'], y_names='y', bs=16, valid_idx=range(10), drop_last=False)
+def tabular(): return TabularDataLoaders.from_df(table(), procs=[Categorify], cat_names=['a'], cont_names=['b'], y_names='y', bs=16, valid_idx=range(10), drop_last=False)
 def text():
     block = TextBlock.from_df('text', tok=BaseTokenizer(), n_workers=0, min_freq=1)
     return DataBlock((block, CategoryBlock), get_x=ColReader('text'), get_y=ColReader('y')).dataloaders(table(), bs=16)
