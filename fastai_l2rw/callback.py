@@ -225,7 +225,7 @@ class MetaReweightCallback(Callback):
         if self._was_given: raise ValueError('meta_dl is not here: trusted examples are not copied or exported with a Learner. '
             f'To train on, set learn.{self.name}.meta_dl to a loader of trusted, labelled examples.')
         loaders = getattr(self.dls, 'loaders', [])
-        if len(loaders) > 2: return loaders[2]
+        if len(loaders) > 2: return loaders[2].dl if type(loaders[2]).__name__ == 'DistributedDL' else loaders[2] # each process reads all of them
         raise ValueError(f'meta_dl=None, and learn.dls has {len(loaders)} loaders, of which the third would have been taken. Pass a loader '
             f'of trusted, labelled examples, {type(self).__name__}(meta_dl), or give your DataBlock a splitter that makes three parts.')
 

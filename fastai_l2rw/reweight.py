@@ -10,8 +10,9 @@ __all__ = ['forked_random', 'derived_seed', 'virtual_pass', 'item_losses', 'meta
 # %% ../nbs/00_reweight.ipynb #864983dc
 import random, re, warnings, zlib
 from contextlib import contextmanager, nullcontext
-from copy import copy
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
+from functools import partial
 
 import numpy as np, torch
 from torch import Tensor, nn
@@ -75,6 +76,11 @@ def _copy_buffers(model):
     copies = {b: b.clone() for b in model.buffers()}
     for m in model.modules(): m._buffers.update({k: copies[b] for k,b in m._buffers.items() if b is not None})
 
+def _unsync(model):
+    "Let batch norms that work across processes do so within theirs."
+    for m in model.modules():
+        if isinstance(m, nn.SyncBatchNorm): m.forward = partial(nn.modules.batchnorm._BatchNorm.forward, m)
+
 def _device(model): return next((t.device for t in model.parameters()), torch.device('cpu'))
 
 # %% ../nbs/00_reweight.ipynb #cd19d5ab
@@ -101,6 +107,7 @@ def virtual_pass(
     attributes = _attributes(model)
     try:
         _copy_buffers(model)
+        _unsync(model)
         with forked_random(_device(model), seed), _plain_kernels(model), torch.autocast(_device(model).type, enabled=False): yield
     finally: _put_back(attributes)
 

@@ -1,7 +1,7 @@
 "Every callback and mode of fastai that users combine: with equal weights, it trains as it would without reweighting."
-import random, warnings
+import os, random, subprocess, sys, warnings
 from copy import deepcopy
-from functools import partial
+from pathlib import Path
 
 import numpy as np, pytest, torch
 from fastai.basics import Callback, CancelStepException, SGD, accuracy, error_rate, noop, set_seed
@@ -141,3 +141,24 @@ def test_a_whole_prediction_in_the_middle_of_an_epoch(make_learner, used):
     learn = make_learner([MetaReweightCallback(), PredictInBetween(False)])
     learn.fit(2, 1e-2)
     assert len(used) == 2*len(learn.dls.train) and len(learn.meta_reweight._weight_log) == len(used)
+
+def test_distributed(tmp_path):
+    "Two processes, each of which weighs its own batches."
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(Path(__file__).parent/'distributed.py'), str(tmp_path)],
+        capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    assert done.returncode == 0, done.stderr
+    (p0, w0),(p1, w1) = [torch.load(tmp_path/f'{rank}.pt') for rank in (0, 1)]
+    torch.testing.assert_close(p0, p1)
+    assert len(w0) == len(w1) == 80 and not torch.equal(w0, w1)
+    assert all(w.isfinite().all() and w.std() > 0.1 for w in (w0, w1))
+
+def test_the_third_loader_of_distributed_training(make_learner, used):
+    "fastai hands each process a part of every loader; of the trusted one, each reads all."
+    pytest.importorskip('accelerate')
+    from fastai.distributed import DistributedDL
+    learn = make_learner(MetaReweightCallback())
+    third = learn.dls.loaders[2]
+    learn.dls.loaders[2] = DistributedDL(third, rank=1, world_size=2, device='cpu')
+    assert learn.meta_reweight._find_meta_dl() is third
+    learn.fit(1)
+    assert len(used) == len(learn.dls.train)

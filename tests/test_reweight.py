@@ -325,3 +325,14 @@ def test_other_runtime_errors_stay_what_they_are():
 def test_bad_arguments_are_named(kwargs, message):
     model,batch,meta_batch = setting('mlp')
     with pytest.raises(ValueError, match=message.replace('(', r'\(')): example_weights(model, cross_entropy, batch, meta_batch, **kwargs)
+
+def test_synchronised_batch_norm_is_local_in_virtual_passes():
+    "On a CPU it would refuse to run, and on several GPUs the processes would wait for each other."
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    batch,trusted = [(torch.randn(n, 3, 8, 8), torch.arange(n) % 3) for n in (8, 6)]
+    loss = nn.CrossEntropyLoss(reduction='none')
+    expected = example_weights(model, loss, batch, trusted)
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for engine in ('forward', 'reverse'): torch.testing.assert_close(example_weights(synced, loss, batch, trusted, engine=engine), expected)
+    assert 'forward' not in vars(synced[1])
