@@ -27,7 +27,7 @@ from fastai.torch_core import find_bs, one_param
 from fastcore.basics import store_attr
 from fastcore.xtras import modify_exception
 
-from .lookahead import _bare, virtual_step
+from .lookahead import _bare, check_lookahead, virtual_step
 from .reweight import *
 from .trusted import TrustedBatches, _describe, _plain, _shapes
 
@@ -143,7 +143,7 @@ class MetaReweightCallback(Callback):
         self._recall(self._memory())
         self._trusted = TrustedBatches(self._find_meta_dl(), self._device(), getattr(self.dls, 'n_inp', None), self._class_names(), self._seed)
         self._trusted.begin(self.epoch)
-        if self.lookahead == 'opt': virtual_step(self.opt, self._params())
+        if self.lookahead == 'opt': check_lookahead(self.opt, self._params())
         if self.epoch < self.start: # errors shall come now and not after some epochs
             self._meta_gradient(list(self._groups))
             self._epoch_stats['meta_loss'].clear()

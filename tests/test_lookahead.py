@@ -6,6 +6,7 @@ from functools import partial
 import pytest, torch
 from fastai import optimizer as fo
 from fastai.basics import Callback, DataLoaders, Learner, TrainEvalCallback, noop, set_seed
+from fastai.callback.all import ParamScheduler, SchedLin
 from fastai.optimizer import OptimWrapper
 from torch import nn
 from torch.func import functional_call
@@ -193,8 +194,9 @@ class NoGrad(torch.optim.SGD):
         for group in self.param_groups:
             for p in group['params']: p -= group['lr']*p.grad
 
-@pytest.mark.parametrize('make,message', [(torch.optim.LBFGS, "LBFGS can't be differentiated: it has no option `differentiable`.*lookahead='sgd'"),
-    (torch.optim.Adafactor, "Adafactor can't be differentiated"), (torch.optim.Rprop, "Rprop's step has no derivative.*lookahead='sgd'"), (NoGrad, "NoGrad's step has no derivative")])
+@pytest.mark.parametrize('make,message', [(torch.optim.LBFGS, "LBFGS can't be looked ahead along: it has no option `differentiable`.*lookahead='sgd'"),
+    (torch.optim.Adafactor, "Adafactor can't be looked ahead along"), (torch.optim.Rprop, "Rprop can't.*the derivative of its step is zero everywhere.*lookahead='sgd'"),
+    (NoGrad, "NoGrad can't.*its step has no derivative")])
 def test_optimizers_without_a_derivative(make, message, tmp_path):
     if make is torch.optim.LBFGS:
         model = nn.Linear(2, 2)
@@ -204,3 +206,11 @@ def test_optimizers_without_a_derivative(make, message, tmp_path):
     before = deepcopy(learn.model.state_dict())
     with pytest.raises(ValueError, match=message): learn.fit(1)
     for k,p in learn.model.state_dict().items(): assert torch.equal(p, before[k])
+
+def test_a_learning_rate_of_zero_is_no_fault(tmp_path):
+    "As at the start of a warm-up: nothing can be learned in such a step, so all weights are zero."
+    learn = learner(fo.Adam, tmp_path, [cb := MetaReweightCallback(lookahead='opt'), ParamScheduler({'lr': SchedLin(0., 0.1)})])
+    learn.fit(2)
+    weights = [w for _,_,w in cb._weight_log]
+    assert not weights[0].any() and all(w.any() for w in weights[1:])
+    learn.fit(1, lr=0.)
