@@ -7,3 +7,4 @@ from fastai_l2rw.metrics import *
 from fastai_l2rw.data.core import *
 from fastai_l2rw.data.folders import *
 from fastai_l2rw.data.cifar10 import *
+from fastai_l2rw.data.ham10000 import *

@@ -133,7 +133,8 @@ class OpenDecoded(OpenRGB):
     def setups(self, items):
         paths = list(dict.fromkeys(map(str, items.items['path'])))
         with ThreadPoolExecutor(min(8, defaults.cpus)) as pool:
-            found = list(progress_bar(pool.map(self._decode, paths), total=len(paths), leave=False, display=len(paths) > 5000))
+            found = pool.map(self._decode, paths)
+            found = list(progress_bar(found, total=len(paths), leave=False) if len(paths) > 5000 else found)
         sizes = pd.Series([None if o is None else o.shape[:2] for o in found], dtype=object)
         usual = sizes.value_counts().index[0] if sizes.notna().any() else None
         bad = [(p, image_problems(p)[0][0] if s is None else f'{s[1]} x {s[0]} pixels, and not {usual[1]} x {usual[0]} as most others') for p,s in zip(paths, sizes) if s != usual]
