@@ -311,7 +311,7 @@ def test_verify_of_other_folders(tmp_path, capsys):
 def test_an_image_that_breaks_later_is_named(ham):
     "Damage in the middle of a file is what the quick check can't see."
     dls = ham10000_dls(ham, size=16, num_workers=0, **split)
-    file = dls.valid_ds.items.path[0]
+    file = dls.valid_ds.items.path.iloc[0]
     file.write_bytes(b'x')
     with pytest.raises(ValueError, match=f"{file.name} can't be read.*verify"): list(dls.valid)
 

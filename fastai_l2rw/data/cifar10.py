@@ -117,12 +117,12 @@ def _load_arrays(file):
     try:
         from numpy._core import multiarray
     except ImportError: from numpy.core import multiarray # NumPy 1
-    arrays = [np.ndarray, np.dtype, *{type(np.dtype(o)) for o in ('int64', 'int32', 'uint8')}]
+    arrays = [np.ndarray, np.dtype, *{type(np.dtype(o)) for o in '?bBhHiIlLqQfd'}]
     for name in ('_reconstruct', 'scalar'): arrays += [(getattr(multiarray, name), f'numpy.{core}.multiarray.{name}') for core in ('core', '_core')]
     try:
         with torch.serialization.safe_globals(arrays): found = torch.load(file, weights_only=True)
         return {k: np.asarray(v) for k,v in found.items()}
-    except Exception as e: raise ValueError(f"{str(file)!r} can't be loaded as a dictionary of arrays: {e}") from e
+    except Exception as e: raise ValueError(f"{str(file)!r} can't be loaded as a dictionary of arrays: it is no file of PyTorch, or holds other things, which could run code") from e
 
 # %% ../../nbs/04_data.cifar10.ipynb #8f5d13ca
 class OpenDecoded(OpenRGB):
