@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 import fastai.vision.all # plotting of images
-from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
+from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.data.transforms import ColReader, IntToFloatTensor, Normalize, image_extensions
+from fastai.data.transforms import IntToFloatTensor, Normalize, image_extensions
 from fastai.learner import Learner
 from fastai.vision.augment import Resize, aug_transforms
 from fastai.vision.core import imagenet_stats
@@ -152,9 +152,8 @@ def ham10000_block(
 )->DataBlock: # Its source is the folder
     "A `DataBlock` for HAM10000 with balanced validation and trusted parts; see `ham10000_table` for its options."
     if batch_tfms is None: batch_tfms = [*lesion_tfms(), Normalize.from_stats(*imagenet_stats)]
-    images = TransformBlock(type_tfms=OpenRGB(size), batch_tfms=IntToFloatTensor)
-    return DataBlock((images, CategoryBlock), get_items=partial(ham10000_table, **kwargs), splitter=PartSplitter(),
-        get_x=ColReader('path'), get_y=ColReader('label'), item_tfms=Resize(size), batch_tfms=batch_tfms)
+    return DataBlock((TransformBlock(batch_tfms=IntToFloatTensor), TransformBlock), getters=[OpenRGB(size), CategorizeColumn()],
+        get_items=partial(ham10000_table, **kwargs), splitter=PartSplitter(), item_tfms=Resize(size), batch_tfms=batch_tfms)
 
 @delegates(ham10000_block)
 def ham10000_dls(
