@@ -144,7 +144,7 @@ class OpenDecoded(OpenRGB):
         try: return np.asarray(open_rgb(path))
         except ValueError: return None
 
-    def encodes(self, o):
+    def __call__(self, o, **kwargs):
         if isinstance(o, pd.Series): o = o['path']
         row = self.rows.get(str(o)) if isinstance(o, (str, Path)) else None
         return open_rgb(o) if row is None else PILImage.create(self.images[row].permute(1, 2, 0).numpy())

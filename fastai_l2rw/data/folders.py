@@ -83,7 +83,7 @@ class OpenRGB(Transform):
         super().__init__()
         self.size = size
 
-    def encodes(self, o): return open_rgb(o['path'] if isinstance(o, pd.Series) else o, self.size)
+    def __call__(self, o, **kwargs): return open_rgb(o['path'] if isinstance(o, pd.Series) else o, self.size) # dispatch by type would cost more
 
 class CategorizeColumn(Categorize):
     "The label of a row as a category; its vocab are the classes of all parts."
@@ -92,7 +92,7 @@ class CategorizeColumn(Categorize):
         if self.vocab is None: self.vocab = CategoryMap(items.items['label'].unique())
         self.c = len(self.vocab)
 
-    def encodes(self, o): return TensorCategory(self.vocab.o2i[o['label'] if isinstance(o, pd.Series) else o])
+    def __call__(self, o, **kwargs): return TensorCategory(self.vocab.o2i[o['label'] if isinstance(o, pd.Series) else o])
 
 # %% ../../nbs/03b_data.folders.ipynb #1b5f545f
 def image_problems(
