@@ -164,6 +164,12 @@ def test_targets_that_are_no_classes(y_block, says):
         says = 'are numbers and not classes'
     with pytest.raises(ValueError, match=says): hold_out_meta(dls, 3)
 
+def test_without_validation_items():
+    data = [(torch.tensor([float(i)]), torch.tensor(i % 3)) for i in range(30)]
+    for other in ([], [DataLoader([], bs=4)], [torch.utils.data.DataLoader(data)]):
+        held,meta_dl = hold_out_meta(DataLoaders(DataLoader(data, bs=4, shuffle=True, drop_last=True), *other), 2)
+        assert sum(len(x) for x,_ in meta_dl) == 6 and len(held.loaders) == 1 + len(other)
+
 def test_what_are_no_dataloaders():
     with pytest.raises(TypeError, match='dls is a list'): hold_out_meta([], 3)
     with pytest.raises(TypeError, match='must be a loader of fastai'): hold_out_meta(DataLoaders(torch.utils.data.DataLoader([1])), 3)

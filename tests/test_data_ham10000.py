@@ -124,6 +124,22 @@ def test_the_challenges_layout_without_lesions(tmp_path):
     with pytest.raises(FileNotFoundError, match='ISIC2018_Task3_Training_LesionGroupings.csv, which says'): ham10000_table(path, **split)
     assert len(ham10000_table(path, by_lesion=False, **split)) == n_clean
 
+@pytest.mark.parametrize('change, says', [
+    (lambda t: t.replace(',1.0,', ',,', 1), 'no single diagnosis, or one'),
+    (lambda t: t.replace(',1.0,0.0', ',1.0,1.0', 1), 'no single diagnosis, or one'),
+    (lambda t: t.replace('image,', 'picture,', 1), "has no column 'image'"),
+])
+def test_dirty_ground_truths(tmp_path, change, says):
+    path = make_isic(tmp_path/'isic')
+    file = path/'ISIC2018_Task3_Training_GroundTruth/ISIC2018_Task3_Training_GroundTruth.csv'
+    file.write_text(change(file.read_text()))
+    with pytest.raises(ValueError, match=says): ham10000_table(path, **split)
+
+def test_an_image_of_two_lesions(tmp_path):
+    path = make_isic(tmp_path/'isic')
+    with open(path/'ISIC2018_Task3_Training_LesionGroupings.csv', 'a') as f: f.write('ISIC_0000000,HAM_9999999,histo\n')
+    with pytest.raises(ValueError, match='different lesions for 1 images: ISIC_0000000'): ham10000_table(path, **split)
+
 # --- dirty folders: each works with nothing lost, or gives one error that says what is wrong
 
 def first(path, i=0): return sorted(path.rglob('*.jpg'))[i]

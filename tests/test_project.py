@@ -17,7 +17,8 @@ def test_the_algorithm_needs_no_fastai():
 def test_all_exports_everything():
     import fastai_l2rw.all as everything
     from fastai_l2rw import callback, lookahead, metrics, reweight, schemes
-    for module in (callback, lookahead, metrics, reweight, schemes):
+    from fastai_l2rw.data import cifar10, core, folders, ham10000
+    for module in (callback, lookahead, metrics, reweight, schemes, core, folders, cifar10, ham10000):
         for name in module.__all__: assert getattr(everything, name) is getattr(module, name)
 
 def test_the_table_of_what_works_is_what_is_tested():

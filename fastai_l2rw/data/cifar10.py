@@ -6,7 +6,8 @@
 __all__ = ['cifar10_table', 'cifar10n', 'OpenDecoded', 'DecodedDL', 'ShiftFlip', 'cifar10_block', 'cifar10_dls']
 
 # %% ../../nbs/04_data.cifar10.ipynb #fa9f8b13
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,12 @@ from fastai.vision.augment import RandTransform
 from fastai.vision.core import PILImage, cifar_stats
 from fastcore.basics import chunked
 from fastcore.meta import delegates
-from fastcore.parallel import defaults
 from fastprogress.fastprogress import progress_bar
 
 from .core import *
+from .core import listed
 from .folders import *
+from .folders import image_files, image_problems, only_usable, raise_problems
 
 # %% ../../nbs/04_data.cifar10.ipynb #1524f23c
 def cifar10_table(
@@ -131,7 +133,7 @@ class OpenDecoded(OpenRGB):
 
     def setups(self, items):
         paths = list(dict.fromkeys(map(str, items.items['path'])))
-        with ThreadPoolExecutor(min(8, defaults.cpus)) as pool:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             found = pool.map(self._decode, paths)
             found = list(progress_bar(found, total=len(paths), leave=False) if len(paths) > 5000 else found)
         sizes = pd.Series([None if o is None else o.shape[:2] for o in found], dtype=object)

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
-import fastai.vision.all # plotting of images
 from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import IntToFloatTensor, Normalize, image_extensions
@@ -23,7 +22,9 @@ from fastcore.meta import delegates
 from PIL import Image
 
 from .core import *
+from .core import listed
 from .folders import *
+from .folders import files_below, image_files, only_usable, raise_problems, read_table, save_usable
 
 # %% ../../nbs/05_data.ham10000.ipynb #d41c4322
 _kinds = ('akiec', 'bcc', 'bkl', 'df', 'mel', 'nv', 'vasc')
@@ -44,10 +45,10 @@ def _image_id(o):
 def _one_hot(file):
     "Image and label from a ground truth of the challenge, NaN where a row has no single 1, and whether the challenge scores the image."
     df = read_table(file, ['image', *_official])
-    ones = df[list(_official)].apply(pd.to_numeric, errors='coerce')
+    ones = df[list(_official)].apply(pd.to_numeric, errors='coerce').fillna(-1)
     single = (ones == 1).sum(axis=1).eq(1) & (ones == 0).sum(axis=1).eq(len(_official) - 1)
     weight = pd.to_numeric(df['score_weight']) if 'score_weight' in df else 1.
-    return pd.DataFrame(dict(image=_image_id(df.image), label=ones.idxmax(axis=1, skipna=True).str.lower().where(single) if single.any() else np.nan, weight=weight))
+    return pd.DataFrame(dict(image=_image_id(df.image), label=ones.idxmax(axis=1).str.lower().where(single), weight=weight))
 
 def _rows(path, by_lesion):
     "The rows of the table of a folder, in either layout: image, lesion, label, and what else there is; and the table's name."
@@ -62,7 +63,9 @@ def _rows(path, by_lesion):
         if by_lesion: raise FileNotFoundError(f'path={str(path)!r} must have the table ISIC2018_Task3_Training_LesionGroupings.csv, which says which images show the '
             'same lesion. Without it a lesion would be in two parts and flatter the results; by_lesion=False does without')
         return df.assign(lesion=np.nan),file.name
-    groups = read_table(lesions, ['image', 'lesion_id']).drop_duplicates()
+    groups = read_table(lesions, ['image', 'lesion_id'])[['image', 'lesion_id']].drop_duplicates()
+    both = groups.image[groups.image.duplicated()]
+    if len(both): raise ValueError(f'{str(lesions)!r} has different lesions for {len(both)} images: {listed(both)}')
     return df.assign(lesion=df.image.map(dict(zip(_image_id(groups.image), groups.lesion_id)))),file.name
 
 def _examine(path, usable=None, by_lesion=True, decode=False, progress=False):
