@@ -226,6 +226,7 @@ works = dict(
     upper_case_diagnoses=lambda p: rewrite(p, lambda df: df.assign(dx=df.dx.str.upper())),
     extensions_in_the_table=lambda p: rewrite(p, lambda df: df.assign(image_id=df.image_id + '.jpg')),
     columns_in_another_order=lambda p: rewrite(p, lambda df: df[df.columns[::-1]].assign(extra=1)),
+    columns_that_others_have_added=lambda p: rewrite(p, lambda df: df.assign(path='x', label=3, part=1, image='y', lesion='z', cell_type='mole')),
     gzipped_table=lambda p: ((p/'HAM10000_metadata.csv.gz').write_bytes(gzip.compress((p/'HAM10000_metadata.csv').read_bytes())), (p/'HAM10000_metadata.csv').unlink()),
     table_without_extension=lambda p: (p/'HAM10000_metadata.csv').rename(p/'HAM10000_metadata'),
     the_same_table_twice=lambda p: shutil.copy(p/'HAM10000_metadata.csv', p/'HAM10000_metadata (1).csv'),

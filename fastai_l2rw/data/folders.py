@@ -189,7 +189,7 @@ def read_table(
         df = pd.read_csv(io.StringIO(text), sep=sep, dtype=str, keep_default_na=False, na_values=[''], skipinitialspace=True, index_col=False)
     except Exception as e: raise ValueError(f"{str(file)!r} can't be read as a table: {e}") from e
     df.columns = [str(o).strip() for o in df.columns]
-    df = df.apply(lambda o: o.str.strip()).replace('', np.nan).dropna(how='all').reset_index(drop=True)
+    df = df.apply(lambda o: o.str.strip().where(lambda s: s != '')).dropna(how='all').reset_index(drop=True)
     missing = [o for o in columns if o not in df.columns]
     if missing: raise ValueError(f'{str(file)!r} has no column {listed(map(repr, missing), 20)}, but only {listed(map(repr, df.columns), 20)}')
     return df

@@ -54,7 +54,8 @@ def _rows(path, by_lesion):
     "The rows of the table of a folder, in either layout: image, lesion, label, and what else there is; and the table's name."
     file = _find_table(path, 'HAM10000_metadata')
     if file:
-        df = read_table(file, ['image_id', 'dx'] + ['lesion_id']*by_lesion).rename(columns=dict(image_id='image', lesion_id='lesion', dx='label'))
+        df = read_table(file, ['image_id', 'dx'] + ['lesion_id']*by_lesion).drop(columns=['path', 'label', 'part', 'image', 'lesion'], errors='ignore')
+        df = df.rename(columns=dict(image_id='image', lesion_id='lesion', dx='label'))
         return df.assign(image=_image_id(df.image), label=df.label.str.lower(), **({} if 'lesion' in df else dict(lesion=np.nan))),file.name
     file = _find_table(path, 'ISIC2018_Task3_Training_GroundTruth')
     if file is None: raise FileNotFoundError(f'path={str(path)!r} must have a table HAM10000_metadata.csv or ISIC2018_Task3_Training_GroundTruth.csv, and has neither')
