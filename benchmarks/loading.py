@@ -3,7 +3,10 @@
 All loaders of a comparison are measured in turn, several times over, in one process, so that whatever else the computer
 does meets all of them; the ratio is that of each turn, and the median of these is reported. Run from the repository root:
 
-    python benchmarks/loading.py --cifar10_path path/to/cifar10 --ham10000_path path/to/HAM10000
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/loading.py --cifar10_path path/to/cifar10 --ham10000_path path/to/HAM10000
+
+Without OMP_WAIT_POLICY, PyTorch's threads wait for each other by spinning. On a computer with other work to do, both
+sides are then many times slower, by chance more the one or the other.
 """
 import json, os, platform, tempfile, time
 from itertools import islice
@@ -80,15 +83,16 @@ def main(
     rows = []
     if cifar10_path: rows += cifar10(Path(cifar10_path), repeats, batches)
     if ham10000_path:
-        rows += ham10000(Path(ham10000_path), 128, 'HAM10000 squeezed to 192 x 192', repeats, max(batches//3, 4))
+        rows += ham10000(Path(ham10000_path), 128, 'HAM10000 squeezed to 192 x 192', repeats, batches)
         with tempfile.TemporaryDirectory() as tmp:
             original_size(Path(ham10000_path), Path(tmp)/'ham')
-            rows += ham10000(Path(tmp)/'ham', 224, 'HAM10000 at 600 x 450', repeats, 5)
+            rows += ham10000(Path(tmp)/'ham', 224, 'HAM10000 at 600 x 450', repeats, 6)
     machine = f'{os.cpu_count()} CPU cores ({platform.processor() or platform.machine()}), torch {torch.__version__}, fastai {fastai.__version__}, Python {platform.python_version()}'
+    passive = f'OMP_WAIT_POLICY={os.environ["OMP_WAIT_POLICY"]} ' if 'OMP_WAIT_POLICY' in os.environ else ''
     out.mkdir(exist_ok=True)
     (out/'loading.json').write_text(json.dumps(dict(machine=machine, repeats=repeats, batches=batches, results=rows), indent=1) + '\n')
     head = '| loader | against | ours, images/s | theirs, images/s | ratio: median (lowest to highest) |\n|---|---|---|---|---|\n'
     body = ''.join(f"| {o['what']} | {o['against']} | {o['ours_per_s']:,} | {o['theirs_per_s']:,} | {o['ratio']} ({o['lowest']} to {o['highest']}) |\n" for o in rows)
-    (out/'loading.md').write_text('# Loader throughput\n\n' + f'`python benchmarks/loading.py --cifar10_path ... --ham10000_path ... --repeats {repeats} --batches {batches}`\non {machine}, shared with other work.\n'
+    (out/'loading.md').write_text('# Loader throughput\n\n' + f'`{passive}python benchmarks/loading.py --cifar10_path ... --ham10000_path ... --repeats {repeats} --batches {batches}`\non {machine}, shared with other work.\n'
         'Both sides have the same transforms. All in one process, in turns.\n\n' + head + body)
     print(head + body)
