@@ -123,7 +123,7 @@ def _load_arrays(file):
     try:
         with torch.serialization.safe_globals(arrays): found = torch.load(file, weights_only=True)
         return {k: np.asarray(v) for k,v in found.items()}
-    except Exception as e: raise ValueError(f"{str(file)!r} can't be loaded as a dictionary of arrays: it is no file of PyTorch, or holds other things, which could run code") from e
+    except Exception as e: raise ValueError(f"{str(file)!r} can't be loaded as a dictionary of arrays: it is no file of PyTorch, or holds other things, which could run code (or PyTorch is older than 2.6)") from e
 
 # %% ../../nbs/04_data.cifar10.ipynb #8f5d13ca
 class OpenDecoded(OpenRGB):
@@ -157,7 +157,12 @@ class OpenDecoded(OpenRGB):
 class DecodedDL(TfmdDL):
     "A loader that makes a batch at once from images that `OpenDecoded` keeps; with item transforms, or for other images, item by item as always."
     @delegates(TfmdDL.__init__)
-    def __init__(self, dataset=None, bs=64, num_workers=0, **kwargs): super().__init__(dataset, bs=bs, num_workers=num_workers, **kwargs)
+    def __init__(self,
+        dataset=None, # `Datasets` of images and labels
+        bs:int=64, # Batch size
+        num_workers:int=0, # Number of worker processes, which have nothing to do here
+        **kwargs
+    ): super().__init__(dataset, bs=bs, num_workers=num_workers, **kwargs)
 
     def create_batches(self, samps):
         if not hasattr(self, '_kept'): self._kept = self._find_kept()
@@ -202,7 +207,7 @@ def cifar10_block(
     *,
     item_tfms=None, # Item transforms; with these, batches are made item by item, more slowly
     batch_tfms=None, # Batch transforms; default: `ShiftFlip` and normalisation
-    **kwargs
+    **kwargs # Passed to `cifar10_table`
 )->DataBlock: # Its source is the folder, or None for what fastai downloads
     "A `DataBlock` for CIFAR-10 with skew, wrong labels and trusted examples; see `cifar10_table` for its options."
     if batch_tfms is None: batch_tfms = [ShiftFlip(), Normalize.from_stats(*cifar_stats)]
@@ -216,7 +221,7 @@ def cifar10_dls(
     *,
     bs:int=128, # Batch size
     device:str|torch.device|None=None, # Device of the batches; default: fastai's
-    **kwargs
+    **kwargs # Passed to `cifar10_block`
 )->DataLoaders: # Of training, validation and trusted images
     "`DataLoaders` for CIFAR-10 with skew, wrong labels and trusted examples; see `cifar10_table` for its options and what it raises."
     return cifar10_block(**kwargs).dataloaders(path, bs=bs, device=device)

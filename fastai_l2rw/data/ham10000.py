@@ -172,7 +172,7 @@ def ham10000_block(
     *,
     size:int=224, # Images are cut to this height and width
     batch_tfms=None, # Batch transforms; default: `lesion_tfms` and normalisation as for ImageNet
-    **kwargs
+    **kwargs # Passed to `ham10000_table`
 )->DataBlock: # Its source is the folder
     "A `DataBlock` for HAM10000 with balanced validation and trusted parts; see `ham10000_table` for its options."
     if batch_tfms is None: batch_tfms = [*lesion_tfms(), Normalize.from_stats(*imagenet_stats)]
@@ -186,7 +186,7 @@ def ham10000_dls(
     bs:int=64, # Batch size
     num_workers:int|None=None, # Number of processes that read images; default: fastai's
     device:str|torch.device|None=None, # Device of the batches; default: fastai's
-    **kwargs
+    **kwargs # Passed to `ham10000_block`
 )->DataLoaders: # Of training, validation and trusted images
     "`DataLoaders` for HAM10000 with balanced validation and trusted parts; see `ham10000_table` for its options and what it raises."
     return ham10000_block(**kwargs).dataloaders(path, bs=bs, num_workers=num_workers, device=device)
