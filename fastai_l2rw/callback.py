@@ -9,6 +9,7 @@ __all__ = ['MetaReweightCallback']
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from inspect import signature
 
 import pandas as pd, torch
@@ -41,14 +42,26 @@ def _takes_reduction(loss_func):
 
 class _LossError(ValueError): "The loss function is at fault, not the batch."
 
+@torch.no_grad()
+def _scale(losses, loss):
+    "What makes equal weights give the loss function's own reduction, which need not be the mean over the items (class weights)."
+    mean,sure = losses.mean(),losses.mean().abs() > 1e-3*losses.abs().mean()
+    return torch.where(sure, loss.mean()/torch.where(sure, mean, 1), 1)
+
 def _item_losses(loss_func, pred, *yb):
     "One loss per item of the batch, by a `Learner`'s loss function."
     with NoneReduce(loss_func) if _takes_reduction(loss_func) else nullcontext(loss_func) as f: losses = f(pred, *yb)
     try: return item_losses(losses.as_subclass(Tensor), find_bs(yb))
-    except ValueError as e: raise _LossError(f"learn.loss_func, {loss_func}, can't give one loss per item: {e} A loss function of your own "
-        "needs an argument or attribute `reduction` that it obeys when it is 'none', or may return one loss per item.") from e
+    except ValueError: raise _LossError(f"learn.loss_func, {loss_func}, can't give one loss per item: it returned a tensor of shape {tuple(losses.shape)} for a batch of "
+        f"{find_bs(yb)} items. Give it an argument or attribute `reduction` that it obeys when it is 'none', or let it return one loss per item.") from None
 
 # %% ../nbs/01_callback.ipynb #4c8df95a
+class _WeighBatch(Callback):
+    "Computes the weights when the batch and the learning rates are ready."
+    order,run_valid = ParamScheduler.order+5,False
+    def __init__(self, reweight): self.reweight = reweight
+    def before_batch(self): self.reweight._weigh_batch()
+
 class _WeighLoss(Callback):
     "Puts the weighted loss in the place of the mean loss, before any other callback sees it."
     order,run_valid = -100,False
@@ -61,7 +74,12 @@ def _naming(where):
     "Say in an error which batch it is about."
     try: yield
     except (_LossError, NoForwardDerivative): raise
-    except Exception as e: raise modify_exception(e, f'{where()}: {e}', replace=True)
+    except Exception as e:
+        message = f'{where()}: {e}'
+        if message in str(modify_exception(deepcopy(e), message, replace=True)): raise modify_exception(e, message, replace=True)
+        try: named = type(e)(message) # what a missing file says of itself can't be changed
+        except TypeError: named = RuntimeError(message)
+        raise named from e
 
 def _finite(t): return t.isfinite() if t.is_floating_point() or t.is_complex() else torch.ones_like(t, dtype=torch.bool)
 
@@ -76,6 +94,7 @@ class MetaReweightCallback(Callback):
     order,run_valid = Recorder.order+5,False # after the Recorder has named its columns, before others (60) read the names
     remove_on_fetch = True # as the Recorder, whose log it adds to
     _stateattrs = ('meta_dl','_trusted','_meta_grad','_meta_batch','_example_weights','_epoch_stats','_epoch_means','_weight_log') # none of it is exported
+    _kept = None
     meta_dl = _trusted = _meta_grad = _meta_batch = _example_weights = _epoch_stats = _epoch_means = None
     _weight_log = ()
 
@@ -104,7 +123,7 @@ class MetaReweightCallback(Callback):
         store_attr(but='meta_dl') # which also keeps what it stores a second time, in what is exported
         self.meta_dl,self._was_given = meta_dl,meta_dl is not None
         self._engine = 'forward' if engine == 'auto' else engine
-        self._companion = _WeighLoss(self)
+        self._companions = _WeighBatch(self),_WeighLoss(self)
 
     @property
     def learn(self):
@@ -116,9 +135,11 @@ class MetaReweightCallback(Callback):
         if self.learn is not None and learn not in (None, self.learn): self.learn.remove_cb(self) # a callback has one Learner
         if learn is not None and any(isinstance(cb, MetaReweightCallback) and cb is not self for cb in learn.cbs): raise ValueError(
             'learn has a MetaReweightCallback already: take it away first, with learn.remove_cbs(MetaReweightCallback)')
+        if self.learn is not None and learn is None: self._forget()
         for cb_learn in filter(None, {self.learn, learn}):
-            while self._companion in cb_learn.cbs: cb_learn.remove_cb(self._companion)
-        if learn is not None: learn.add_cb(self._companion)
+            for cb in self._companions:
+                while cb in cb_learn.cbs: cb_learn.remove_cb(cb)
+        if learn is not None: learn.add_cbs(self._companions)
         vars(self)['_learner'] = learn
 
     def before_fit(self):
@@ -132,11 +153,12 @@ class MetaReweightCallback(Callback):
         self.recorder.metric_names = names[:at] + ['meta_loss','zero_weights','ess'] + names[at:]
 
     def before_train(self):
-        if self._trusted is None and not self._searching(): self._weight_log = []
-        self._begin()
+        "Find the trusted loader, and the parameters to look ahead along, which can change from one epoch to the next."
+        with self._tidy():
+            if self._trusted is None and not self._searching(): self._weight_log = []
+            self._begin()
 
     def _begin(self):
-        "Find the trusted loader, and the parameters to look ahead along, which can change from one epoch to the next."
         self._groups = self._find_groups()
         self._n_weighed,self._epoch_stats = 0,dict(meta_loss=[], zero_weights=[], ess=[])
         if self._trusted is not None: return self._trusted.begin(self.epoch)
@@ -148,22 +170,26 @@ class MetaReweightCallback(Callback):
             self._meta_gradient(list(self._groups))
             self._epoch_stats['meta_loss'].clear()
 
-    def before_batch(self):
+    def _weigh_batch(self):
         "Compute the weights of the batch."
         self._example_weights = None
         if self.epoch < self.start: return
-        if self._trusted is None: self._begin() # a prediction in between has ended what it took for its own fit
-        for cb in self.learn.cbs:
-            if isinstance(cb, ParamScheduler): cb('before_batch') # stands after us, but sets the learning rates of this step
-        try: w = self._weights((_plain(self.xb), _plain(self.yb)))
-        except BaseException:
-            self._unmix()
-            self._let_go()
-            raise
+        with self._tidy():
+            if self._trusted is None: self._begin() # a prediction in between has ended what it took for its own fit
+            w = self._weights((_plain(self.xb), _plain(self.yb)))
         self._log(zero_weights=(w == 0).float().mean(), ess=effective_sample_size(w))
         if self.on_zero == 'uniform': w = torch.where(w.sum() == 0, 1/len(w), w)
         if self.record and not self._searching(): self._weight_log.append((self.epoch, self._batch_items(len(w)), w*len(w)))
         self._example_weights = w
+
+    @contextmanager
+    def _tidy(self):
+        "Leave nothing behind if the body fails."
+        try: yield
+        except BaseException:
+            self._unmix()
+            self._let_go()
+            raise
 
     def _weights(self, batch):
         "The weights of a batch."
@@ -179,19 +205,16 @@ class MetaReweightCallback(Callback):
         "Weigh the losses of the batch, which has been predicted by now."
         if self._example_weights is None: return
         losses = self._training_losses(self.pred, *self.yb)
-        # with equal weights it shall be the loss function's own reduction, which need not be the mean over the items (class weights)
-        with torch.no_grad():
-            mean,sure = losses.mean(),losses.mean().abs() > 1e-3*losses.abs().mean()
-            scale = torch.where(sure, self.loss_grad.mean()/torch.where(sure, mean, 1), 1)
-        self.learn.loss_grad = scale * (self._example_weights * losses).sum()
+        self.learn.loss_grad = _scale(losses, self.loss_grad) * (self._example_weights * losses).sum()
         self.learn.loss = self.loss_grad.clone()
 
     def after_step(self):
         "Keep what a resumed fit needs where `learn.save` finds it: beside the optimizer's state of a parameter."
+        if self._searching(): return
         opt = _bare(self.opt)
         state = next((opt.state[p] for p,*_ in self.opt.all_params() if opt.state.get(p)), None)
         if state is None and isinstance(opt, (Optimizer, torch.optim.SGD)): state = opt.state[self.opt.all_params()[0][0]]
-        if state is not None: state['meta_reweight'] = self._to_remember() # others take a state that isn't empty for complete
+        if state is not None: self._kept = state['meta_reweight'] = self._to_remember() # others take a state that isn't empty for complete
 
     def after_train(self):
         stats,self._epoch_stats = self._epoch_stats or {},None
@@ -215,6 +238,11 @@ class MetaReweightCallback(Callback):
     def _memory(self):
         "What `after_step` kept in the optimizer, which may have been loaded since."
         return next((state['meta_reweight'] for state in _bare(self.opt).state.values() if 'meta_reweight' in state), {})
+
+    def _forget(self):
+        "Take that away, for the Learner that is left."
+        if self.learn.opt is None: return
+        for state in _bare(self.opt).state.values(): state.pop('meta_reweight', None)
 
     def _recall(self, memory):
         "Go on with the seed of the fit that is resumed, if it is."
@@ -243,7 +271,11 @@ class MetaReweightCallback(Callback):
     def _find_groups(self):
         "The optimizer's group of every parameter to look ahead along, by name."
         names = {p: k for k,p in self._bare_model().named_parameters() if p.requires_grad}
-        chosen = names if self.params is None else set(self.params(self._bare_model()))
+        chosen = names if self.params is None else self.params(self._bare_model())
+        chosen = chosen if isinstance(chosen, Tensor) else list(chosen)
+        if isinstance(chosen, Tensor) or not all(isinstance(p, Tensor) for p in chosen): raise TypeError(
+            f'params(learn.model) gives {"a single tensor" if isinstance(chosen, Tensor) else chosen[:3]}, but must give parameters, as model[-1].parameters() does')
+        chosen = set(chosen)
         groups = {names[p]: g for g,ps in enumerate(self.opt.param_lists) for p in ps if p in names and p in chosen}
         if groups: return groups
         raise ValueError('there is no parameter to look ahead along: ' + ('all parameters of the optimizer are frozen' if self.params is None
@@ -253,11 +285,18 @@ class MetaReweightCallback(Callback):
 
     def _lookahead(self, gradient=None):
         "Where a step along `gradient` (default: zero) leads, by name, and what pulls a gradient there back to a direction."
-        if self.lookahead == 'opt': return virtual_step(self.opt, self._params(), gradient)
+        if self.lookahead == 'opt': return virtual_step(self.opt, self._params(), self._accumulated(gradient))
         rates = {k: self.opt.hypers[g]['lr'] for k,g in self._groups.items()}
         if gradient is not None: return {k: p.detach() - rates[k]*gradient[k] for k,p in self._params().items()}, lambda g: scale_gradient(g, rates)
         largest = max(rates.values()) or 1 # a common factor does not change the weights
         return list(rates), lambda g: scale_gradient(g, {k: rate/largest for k,rate in rates.items()})
+
+    def _accumulated(self, gradient):
+        "`gradient`, and what `GradientAccumulation` has gathered by now (times the loss scale of fp16)."
+        scaler = getattr(self.learn, 'scaler', None)
+        gathered = {k: p.grad/(scaler.get_scale() if scaler else 1) for k,p in self._params().items() if p.grad is not None}
+        if gradient is None and len(gathered) < len(self._groups): gradient = {k: torch.zeros_like(p) for k,p in self._params().items()}
+        return gathered if gradient is None else {k: g + gathered[k] if k in gathered else g for k,g in gradient.items()}
 
     def _meta_gradient(self, at):
         "The gradient on the next trusted batch."
@@ -268,16 +307,17 @@ class MetaReweightCallback(Callback):
         self._log(meta_loss=loss)
         return gradient
 
-    def _alignment(self, batch, direction):
+    def _alignment(self, batch, direction, losses=None):
         "The alignments of the batch, by the engine that the model's operators allow."
+        losses = losses or self._training_losses
         try:
-            with _naming(lambda: self._where(batch)): return alignment(self._bare_model(), self._training_losses, batch, direction, self._engine)
+            with _naming(lambda: self._where(batch)): return alignment(self._bare_model(), losses, batch, direction, self._engine)
         except NoForwardDerivative as e:
             if self.engine != 'auto': raise
             warnings.warn(f"{e.operator} has no forward-mode derivative in PyTorch, so the weights are computed by engine='reverse' "
                 "from now on: as exact, but slower and with more memory. Pass engine='reverse' to silence this.")
             self._engine = 'reverse'
-            return self._alignment(batch, direction)
+            return self._alignment(batch, direction, losses)
 
     def _where(self, batch):
         return f'batch {self.iter} of the training loader in epoch {self.epoch} ({_shapes(batch)})'

@@ -43,7 +43,10 @@ def _bare(opt):
     "The optimizer that fastai's `OptimWrapper` or `Lookahead` has inside."
     return _bare(opt.opt) if hasattr(opt, 'opt') else opt
 
-def _refuse(opt, why): raise ValueError(f"{type(_bare(opt)).__name__} can't be looked ahead along: {why}. Look ahead along SGD instead, lookahead='sgd'.")
+def _refuse(opt, why):
+    bare = _bare(opt)
+    steps = ', '.join(getattr(o, 'func', o).__name__ for o in getattr(bare, 'cbs', [])) # what fastai's optimizers are made of
+    raise ValueError(f"the optimizer {type(bare).__name__}{f' of {steps}' if steps else ''} can't be looked ahead along: {why}. Look ahead along SGD instead, lookahead='sgd'.")
 
 # %% ../nbs/00a_lookahead.ipynb #663361de
 def virtual_step(
@@ -51,13 +54,15 @@ def virtual_step(
     params:Mapping[str,nn.Parameter], # Parameters of `opt` to look ahead along, by name; all others stay where they are
     gradient:Mapping[str,Tensor]|None=None, # Gradient of the step, by name; default: zero
 )->tuple[dict[str,Tensor],Callable]: # The parameters after the step, and a function from a gradient there to the direction $v$, both by name
-    "A step of the optimizer, and what a small change of its gradient would do; raises `ValueError` for an optimizer that autograd can't follow."
+    "A step of the optimizer, and what a small change of its gradient would do; raises `ValueError` for an optimizer that autograd can't follow, and for parameters that are not its own."
     if isinstance(_bare(opt), torch.optim.Optimizer) and 'differentiable' not in _bare(opt).defaults: _refuse(opt, 'it has no option `differentiable`')
-    names = {p: k for k,p in params.items()}
+    names,own = {p: k for k,p in params.items()},[p for group in opt.param_groups for p in group['params']]
+    foreign = [k for p,k in names.items() if not any(p is o for o in own)]
+    if foreign or not names: raise ValueError(f"params has {foreign[0] + ', which is not a parameter of the optimizer' if foreign else 'no parameter'}: give some of the optimizer's, by name")
     memo,stepped,gradients = {},{},{}
-    for p in (p for group in opt.param_groups for p in group['params']): # what deepcopy shall put in the place of a parameter
+    for p in own: # what deepcopy shall put in the place of a parameter
         if p not in names:
-            memo[id(p)] = p.new_empty(0)
+            memo[id(p)] = p.detach().clone() if hasattr(opt, 'slow_weights') else p.new_empty(0) # fastai's `Lookahead` moves all parameters
             memo.update({id(t): t for t in tree_leaves(_bare(opt).state.get(p))}) # will not be touched
             continue
         memo[id(p)] = stepped[names[p]] = p.detach().clone()

@@ -8,7 +8,7 @@ __all__ = ['weighting_schemes', 'class_counts', 'class_weights', 'weighted_sampl
 # %% ../nbs/01a_schemes.ipynb #1df703fe
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from copy import copy
+from copy import copy, deepcopy
 
 import numpy as np, torch
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ from fastai.losses import CrossEntropyLossFlat, FocalLossFlat
 from fastai.tabular.core import TabDataLoader, TabWeightedDL
 from fastcore.basics import store_attr
 
-from .callback import MetaReweightCallback
-from .data.core import _labels_of
+from .callback import MetaReweightCallback, _naming, _scale
+from .data.core import _labels_of, listed
 from .reweight import *
 
 # %% ../nbs/01a_schemes.ipynb #94af59a5
@@ -28,19 +28,24 @@ def class_counts(
     dls:DataLoaders, # `DataLoaders` with one label per training item
 )->Tensor: # Shape (number of classes,)
     "Number of training items of each class; raises `ValueError` if the items don't have one label each."
-    labels,vocab = _labels_of(dls.train.dataset),getattr(dls, 'vocab', None)
-    if vocab is not None and len(vocab) and hasattr(vocab[-1], '__len__') and not isinstance(vocab[-1], str): vocab = vocab[-1] # of texts, that of the words comes first
-    counts = Counter(labels.tolist())
-    return torch.tensor([counts[c] for c in (range(dls.c) if vocab is None else vocab)])
+    try: labels = _labels_of(dls.train.dataset)
+    except (TypeError, ValueError) as e: raise ValueError(f'dls must have one class label per training item: {e}') from e
+    if (counts := Counter(labels.tolist())) and not hasattr(dls, 'vocab'):
+        if not all(isinstance(o, int) and o >= 0 for o in counts): raise ValueError(f'dls has no vocab, so its labels must be whole numbers from 0, not {listed(counts)}')
+        return torch.tensor([counts[c] for c in range(getattr(dls, 'c', max(counts) + 1))])
+    vocab = dls.vocab
+    if len(vocab) and hasattr(vocab[-1], '__len__') and not isinstance(vocab[-1], str): vocab = vocab[-1] # of texts, that of the words comes first
+    return torch.tensor([counts[c] for c in vocab])
 
 # %% ../nbs/01a_schemes.ipynb #5f8b7328
 def class_weights(
     counts:Tensor|Sequence, # Number of training items of each class
     beta:float=1., # 1 for the inverse frequency; less, such as 0.999, for the effective number of Cui et al.
 )->Tensor: # Shape (number of classes,); 1 on average over the items; 1 for a class without items
-    "Weight each class by the inverse of its (effective) number of items, $(1 - \\beta^n) / (1 - \\beta)$ (Cui et al. 2019, eq. 2); raises `ValueError` for a `beta` outside of 0 to 1."
+    "Weight each class by the inverse of its (effective) number of items, $(1 - \\beta^n) / (1 - \\beta)$ (Cui et al. 2019, eq. 2); raises `ValueError` for a `beta` outside of 0 to 1, and for negative counts."
     if not 0 <= beta <= 1: raise ValueError(f'beta={beta} must be from 0 (all classes weigh the same) to 1 (inverse frequency)')
     counts = torch.as_tensor(counts, dtype=torch.float64)
+    if (counts < 0).any(): raise ValueError(f'counts={counts.tolist()} must be numbers of items, 0 or more')
     effective = counts if beta == 1 else (1 - beta**counts)/(1 - beta)
     weights = torch.where(counts > 0, 1/effective.clamp(min=1e-12), 0)
     weights *= counts.sum() / (weights*counts).sum()
@@ -50,9 +55,10 @@ def class_weights(
 def weighted_sampler(
     dls:DataLoaders, # fastai's `DataLoaders` with one label per training item
 )->DataLoaders: # The same, with a training loader that draws all classes equally often, with replacement
-    "Draw rare classes more often; raises `TypeError` if the training loader isn't one of fastai's for items with positions."
+    "Draw rare classes more often; raises `TypeError` if the training loader isn't one of fastai's for items with positions, and what `class_counts` raises."
     dl = dls.train
     if not isinstance(dl, TfmdDL) or not dl.indexed: raise TypeError(f"dls.train is a {type(dl).__name__}, but must be a loader of fastai whose items have a position")
+    class_counts(dls) # has words for what has no classes
     labels = _labels_of(dl.dataset).tolist()
     counts = Counter(labels)
     sampled = copy(dls)
@@ -77,70 +83,91 @@ class MetaWeightNetCallback(MetaReweightCallback):
         record:bool=True, # Keep the weight of each item in each step, for `item_weights`?
     ):
         if not isinstance(hidden, int) or hidden < 1: raise ValueError(f'hidden={hidden!r} must be a whole number, 1 or more')
+        if not net_lr > 0: raise ValueError(f'net_lr={net_lr!r} must be a learning rate above 0')
+        if not net_wd >= 0: raise ValueError(f'net_wd={net_wd!r} must be a weight decay, 0 or more')
         super().__init__(meta_dl, params=params, engine=engine, lookahead=lookahead, start=start, record=record)
         store_attr('hidden,net_lr,net_wd,normalised')
-        self.net = None
+        self.weight_net = self._net_opt = self._own = None
+
+    def weight_of(self,
+        losses:Tensor|float, # Losses of examples, any shape
+    )->Tensor: # Between 0 and 1, the same shape
+        "What the weight net makes of losses; raises `ValueError` before the first fit."
+        if self.weight_net is None: raise ValueError('there is no weight net yet: it is made in the first fit')
+        with torch.no_grad(): return self._values(torch.as_tensor(losses))
+
+    def _values(self, losses): return self.weight_net(losses.to(next(self.weight_net.parameters()))[..., None])[..., 0]
+
+    def _net_weights(self, losses):
+        values = self._values(losses)
+        return normalise(values) if self.normalised else values/len(values)
 
     def _make_net(self):
         with forked_random(self._device(), self._seed): net = nn.Sequential(nn.Linear(1, self.hidden), nn.ReLU(), nn.Linear(self.hidden, 1), nn.Sigmoid())
-        self.net = net.to(self._device())
-        self._net_opt = torch.optim.AdamW(self.net.parameters(), lr=self.net_lr, weight_decay=self.net_wd)
+        self.weight_net = net.to(self._device())
+        self._net_opt = torch.optim.AdamW(net.parameters(), lr=self.net_lr, weight_decay=self.net_wd)
 
-    def weight_of(self,
-        losses:Tensor, # Losses of examples, shape (n,)
-    )->Tensor: # Between 0 and 1, shape (n,)
-        "What the weight net makes of losses; raises `ValueError` before the first fit."
-        if self.net is None: raise ValueError('there is no weight net yet: it is made in the first fit')
-        return self.net(losses.detach().to(next(self.net.parameters()))[:, None])[:, 0]
-
-    def _to_remember(self): return dict(super()._to_remember(), net=self.net and self.net.state_dict(), net_opt=self.net and self._net_opt.state_dict())
+    def _to_remember(self): return dict(super()._to_remember(), net=self.weight_net.state_dict(), net_opt=self._net_opt.state_dict())
 
     def _recall(self, memory):
-        "Go on with the weight net of the last fit, or of the one that was loaded."
+        "Go on with the weight net of the last fit, or of the one that was loaded; `lr_find` gets a copy to play with."
         super()._recall(memory)
-        if self.net is None: self._make_net()
-        if not memory.get('net') or memory['net']['0.weight'].data_ptr() == self.net[0].weight.data_ptr(): return
-        if len(memory['net']['0.weight']) != self.hidden: raise ValueError(f"hidden={self.hidden}, but the weight net that was saved with the optimizer has "
-            f"{len(memory['net']['0.weight'])} hidden units")
-        self._make_net()
-        self.net.load_state_dict(memory['net'])
-        self._net_opt.load_state_dict(memory['net_opt'])
+        if self.weight_net is None: self._make_net()
+        elif next(self.weight_net.parameters()).device != self._device():
+            self.weight_net.to(self._device())
+            self._net_opt.load_state_dict(self._net_opt.state_dict()) # which moves its state
+        if self._searching():
+            self._own = self.weight_net,self._net_opt
+            self.weight_net,self._net_opt = deepcopy(self._own)
+        elif 'net' in memory and memory is not self._kept:
+            saved = len(memory['net']['0.weight'])
+            if saved != self.hidden: raise ValueError(f'hidden={self.hidden}, but the weight net that was loaded with the optimizer has {saved} hidden units: '
+                f'use hidden={saved}, or load without the optimizer')
+            self.weight_net.load_state_dict(memory['net'])
+            self._net_opt.load_state_dict(memory['net_opt'])
 
-    def _net_weights(self, losses):
-        values = self.weight_of(losses)
-        return normalise(values) if self.normalised else values/len(values)
+    def _let_go(self):
+        super()._let_go()
+        if self._own is not None: (self.weight_net,self._net_opt),self._own = self._own,None
+
+    def _scaled_losses(self, pred, *yb):
+        "The losses of the items, scaled as they are in the training step."
+        losses = self._training_losses(pred, *yb)
+        self._loss_scale = _scale(losses, self.learn.loss_func(self._output(pred), *yb))
+        return self._loss_scale*losses
 
     def _weights(self, batch):
-        weigh = lambda losses: self._net_weights(losses).detach()
-        gradient,losses = weighted_gradient(self._bare_model(), self._training_losses, batch, weigh, list(self._groups))
+        model,names = self._bare_model(),list(self._groups)
+        weigh = lambda losses: self._net_weights(losses/self._loss_scale)
+        with _naming(lambda: self._where(batch)): gradient,losses = weighted_gradient(model, self._scaled_losses, batch, lambda o: weigh(o).detach(), names)
         at,pull_back = self._lookahead(gradient)
-        u = self._alignment(batch, pull_back(self._meta_gradient(at)))
+        u = self._alignment(batch, pull_back(self._meta_gradient(at)), self._scaled_losses)
         self._check_finite(u, batch)
-        with torch.enable_grad(): surrogate = -(u*self._net_weights(losses)).sum() # its gradient is that of L_m
+        with torch.enable_grad(): surrogate = -(u*weigh(losses)).sum() # its gradient is that of L_m
         self._net_opt.zero_grad()
         surrogate.backward()
         self._net_opt.step()
-        return weigh(losses)
+        return weigh(losses).detach()
 
 # %% ../nbs/01a_schemes.ipynb #14723580
 weighting_schemes = 'unweighted','weighted sampler','inverse frequency','effective number','focal','reweighted','meta-weight-net'
 
 def weighting_scheme(
     scheme:str, # One of `weighting_schemes`
-    dls:DataLoaders, # What to train on, with one label per item
+    dls:DataLoaders, # What to train on; schemes that weigh classes need one label per item
     meta_dl:Iterable|None=None, # Loader of trusted, labelled batches, for the schemes that learn; default: the third of `dls`
     **kwargs, # For `class_weights` ('effective number': `beta`), `FocalLossFlat`, `MetaReweightCallback` or `MetaWeightNetCallback`
 )->dict: # `dls`, `loss_func` and `cbs`
-    "What to give a `Learner` to train by a scheme; raises `ValueError` for an unknown one."
-    loss_func,cbs = CrossEntropyLossFlat(),[]
-    if   scheme == 'unweighted': pass
-    elif scheme == 'weighted sampler': dls = weighted_sampler(dls)
-    elif scheme in ('inverse frequency','effective number'):
-        if scheme == 'effective number': kwargs = dict(beta=0.999) | kwargs
-        loss_func = CrossEntropyLossFlat(weight=class_weights(class_counts(dls), **kwargs).to(dls.device))
+    "What to give a `Learner` to train by a scheme; raises `ValueError` for an unknown one or data without classes where it takes these, and `TypeError` for arguments it does not take."
+    if scheme not in weighting_schemes: raise ValueError(f'scheme={scheme!r} is unknown: use one of {", ".join(map(repr, weighting_schemes))}')
+    if kwargs and scheme in ('unweighted','weighted sampler','inverse frequency'): raise TypeError(f'scheme={scheme!r} takes no further arguments, and got {", ".join(kwargs)}')
+    loss_func,cbs = getattr(dls.train_ds, 'loss_func', CrossEntropyLossFlat()),[] # that of the data, if they have one
+    if scheme in ('inverse frequency','effective number','focal') and not isinstance(loss_func, CrossEntropyLossFlat): raise ValueError(
+        f'scheme={scheme!r} is for data with one class label per item, whose loss is a cross-entropy, and that of dls is {type(loss_func).__name__}')
+    if   scheme == 'weighted sampler': dls = weighted_sampler(dls)
+    elif scheme == 'inverse frequency': loss_func = CrossEntropyLossFlat(weight=class_weights(class_counts(dls)).to(dls.device))
+    elif scheme == 'effective number': loss_func = CrossEntropyLossFlat(weight=class_weights(class_counts(dls), **dict(beta=0.999) | kwargs).to(dls.device))
     elif scheme == 'focal': loss_func = FocalLossFlat(**kwargs)
     elif scheme == 'reweighted': cbs = [MetaReweightCallback(meta_dl, **kwargs)]
     elif scheme == 'meta-weight-net': cbs = [MetaWeightNetCallback(meta_dl, **kwargs)]
-    else: raise ValueError(f'scheme={scheme!r} is unknown: use one of {", ".join(map(repr, weighting_schemes))}')
-    if kwargs and scheme in ('unweighted','weighted sampler'): raise TypeError(f'scheme={scheme!r} takes no further arguments, and got {", ".join(kwargs)}')
     return dict(dls=dls, loss_func=loss_func, cbs=cbs)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader as TorchLoader, TensorDataset
 from sklearn.datasets import load_digits
 
-from fastai_l2rw.all import MetaReweightCallback, normalise, rectify, unrolled_weights
+from fastai_l2rw.all import normalise, rectify, unrolled_weights
+from fastai_l2rw.callback import _WeighBatch
 
 torch.set_num_threads(1) # threads are no gain for tensors this small, and a loss on a busy machine
 
@@ -59,7 +60,7 @@ def tensors(*data, bs=8): return TorchLoader(TensorDataset(*data), bs, drop_last
 
 class Oracle(Callback):
     "Computes the weights of each step anew, by differentiating through the look-ahead."
-    order = MetaReweightCallback.order + 1 # the random stream and the model are as our callback found them
+    order = _WeighBatch.order + 1 # the random stream and the model are as our callback found them
     run_valid = False
     def __init__(self, per_item, weights=unrolled_weights): self.per_item,self.weights = per_item,weights
     def before_fit(self): self.compared = self.positive = self.varied = 0

@@ -8,6 +8,7 @@ from fastai import basics as fa
 from fastai.basics import Callback, CancelBatchException, CancelFitException, DataLoaders, SGD, TrainEvalCallback, accuracy, error_rate, load_learner, set_seed
 from fastai.callback.all import (CSVLogger, CutMix, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixUp, ParamScheduler, ProgressCallback, RNNCallback,
     RNNRegularizer, SaveModelCallback, WeightedDL)
+from fastai.callback.fp16 import MixedPrecision
 from fastai.losses import CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
 from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
 from torch import Tensor, nn
@@ -615,7 +616,7 @@ def test_removing_and_adding_between_fits(make_learner, used):
 def test_comes_and_goes_as_one(make_learner, used):
     "The callback brings a second one along, which applies the weights."
     def names(learn): return sorted(type(cb).__name__ for cb in learn.cbs if 'Weigh' in type(cb).__name__ or 'Reweight' in type(cb).__name__)
-    both = ['MetaReweightCallback', '_WeighLoss']
+    both = ['MetaReweightCallback', '_WeighBatch', '_WeighLoss']
     learn = make_learner(cb := MetaReweightCallback())
     with learn.removed_cbs(list(learn.cbs)): assert names(learn) == []
     assert names(learn) == both
@@ -644,7 +645,31 @@ def test_on_a_gpu(make_learner, used):
     assert used.weights[0].is_cuda
     torch.testing.assert_close(used.weights[0], expected.as_subclass(Tensor), atol=1e-4, rtol=1e-3)
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('mode', ['fp16', 'bf16'])
+def test_mixed_precision_on_a_gpu(make_learner, used, mode):
+    "On a CPU fastai's callback does nothing."
+    learn = make_learner([MetaReweightCallback(torch_loader()), MixedPrecision(mode), GradientClip(1.), Spy()], dls=make_dls().cuda(), model=cnn(p=0))
+    learn.fit(2, 1e-2)
+    step = learn.spy.steps[0]
+    expected = unrolled_weights(step.model, nn.CrossEntropyLoss(reduction='none'), tuple(map(tuple, step.batch)), used.meta[0])
+    torch.testing.assert_close(used.weights[0], expected.as_subclass(Tensor), atol=1e-4, rtol=1e-3)
+    assert all(p.isfinite().all() for p in parameters(learn)) and all(w.dtype == torch.float32 for w in used.weights)
+
 # ---- arguments
+
+@pytest.mark.parametrize('params', [lambda m: m[1][3].weight, lambda m: ['1.3.weight'], lambda m: [n for n,_ in m.named_parameters()]])
+def test_params_that_are_no_parameters(make_learner, params):
+    with pytest.raises(TypeError, match=r'params\(learn.model\) gives .*but must give parameters, as model\[-1\].parameters\(\) does'): make_learner(MetaReweightCallback(params=params)).fit(1)
+
+def test_a_scheduler_runs_once_in_a_step(make_learner):
+    class Counting(ParamScheduler):
+        def before_batch(self):
+            super().before_batch()
+            if self.training: self.learn.scheduled = getattr(self.learn, 'scheduled', 0) + 1
+    learn = make_learner(MetaReweightCallback())
+    learn.fit(1, cbs=Counting({'lr': lambda pct: 1e-3}))
+    assert learn.scheduled == len(learn.dls.train)
 
 @pytest.mark.parametrize('kwargs,error,message', [
     (dict(meta_dl=5), TypeError, 'meta_dl is a int'),

@@ -6,13 +6,15 @@ from functools import partial
 import pytest, torch
 from fastai import optimizer as fo
 from fastai.basics import Callback, DataLoaders, Learner, TrainEvalCallback, noop, set_seed
-from fastai.callback.all import ParamScheduler, SchedLin
+from fastai.callback.all import GradientAccumulation, ParamScheduler, SchedLin
 from fastai.optimizer import OptimWrapper
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+import fastai_l2rw.callback
 from fastai_l2rw.all import *
+from fastai_l2rw.callback import _WeighBatch
 from fastai_l2rw.lookahead import virtual_step
 from conftest import tensors
 
@@ -103,7 +105,7 @@ def per_item(out, y): return F.cross_entropy(out, y, reduction='none')
 
 class Literal(Callback):
     "Computes the weights of each step by differentiating through the optimizer's step, written as a formula."
-    order,run_valid = MetaReweightCallback.order + 1,False
+    order,run_valid = _WeighBatch.order + 1,False
     def __init__(self, formula): self.formula = formula
     def before_fit(self): self.compared = self.differs = 0
     def before_batch(self):
@@ -149,10 +151,58 @@ def test_sgd_is_the_default_and_the_same_for_plain_sgd(tmp_path):
         return torch.cat([w for _,_,w in cb._weight_log])
     torch.testing.assert_close(weights(lookahead='opt'), weights(), rtol=1e-6, atol=1e-9)
 
-def test_every_pulls_an_old_gradient_back_through_the_new_state(tmp_path):
+def test_every_pulls_an_old_gradient_back_through_the_new_state(tmp_path, monkeypatch):
+    gradients,directions = [],[]
+    original,aligned = meta_gradient,alignment
+    monkeypatch.setattr(fastai_l2rw.callback, 'meta_gradient', lambda *args: (gradients.append(original(*args)), gradients[-1])[1])
+    monkeypatch.setattr(fastai_l2rw.callback, 'alignment', lambda m, f, b, v, e: (directions.append(v), aligned(m, f, b, v, e))[1])
     learn = learner(fo.Adam, tmp_path, [cb := MetaReweightCallback(lookahead='opt', every=2)])
+    pulled = []
+    def expect(self): pulled.append(virtual_step(self.opt, dict(self.model.named_parameters()))[1](gradients[(self.iter + 1)//2 + 2*self.epoch - (self.iter == 1)][0]))
+    learn.add_cb(Callback(before_batch=lambda self: expect(self) if self.training else None))
+    learn.cbs[-1].order = _WeighBatch.order + 1
     learn.fit(2, 0.01)
-    assert len(cb._weight_log) == 6
+    assert len(gradients) == 4 and len(directions) == 6, 'three steps per epoch, the third with a new gradient'
+    for v,w in zip(directions, pulled, strict=True):
+        for k in v: torch.testing.assert_close(v[k], w[k])
+
+@pytest.mark.parametrize('opt_func', [partial(fo.Adam, eps=1e-3), partial(fo.SGD, mom=0.9), torch_opt('AdamW', eps=1e-3), fo.ranger])
+def test_with_gradient_accumulation(tmp_path, opt_func):
+    "The step that is looked ahead along has what has been gathered by then."
+    class Compare(Callback):
+        order,run_valid = _WeighBatch.order + 1,False
+        def before_batch(self):
+            cb = self.learn.meta_reweight
+            params = dict(self.model.named_parameters())
+            gathered = {k: torch.zeros_like(p) if p.grad is None else p.grad for k,p in params.items()}
+            self.learn.with_gradient += any(g.any() for g in gathered.values())
+            epsilon = torch.zeros(8, dtype=torch.float64)
+            (xm,),(ym,) = cb._meta_batch
+            def meta_loss(i, h): # along the gradient of item i
+                g = torch.autograd.grad(per_item(self.model(*self.xb), *self.yb)[i], list(params.values()))
+                ahead = stepped(self.opt, params, {k: gathered[k] + h*o for k,o in zip(params, g)})
+                return per_item(functional_call(self.model, ahead, xm), ym).mean().detach()
+            u = torch.stack([-(meta_loss(i, 1e-7) - meta_loss(i, -1e-7))/2e-7 for i in range(8)])
+            torch.testing.assert_close(cb._example_weights, normalise(rectify(u)), rtol=2e-3, atol=1e-5)
+    learn = learner(opt_func, tmp_path, [MetaReweightCallback(lookahead='opt'), GradientAccumulation(16), Compare()])
+    learn.with_gradient = 0
+    learn.fit(1, 0.01); learn.fit(1, 0.01)
+    assert learn.with_gradient
+
+def test_ranger_with_frozen_groups(tmp_path):
+    "Its slow weights are of all parameters, also of those that are not looked ahead along."
+    learn = learner(partial(fo.ranger, k=2), tmp_path, [MetaReweightCallback(lookahead='opt')])
+    learn.create_opt()
+    learn.freeze_to(1)
+    before = learn.model[0].weight.clone()
+    learn.fit(3, 0.01)
+    assert torch.equal(learn.model[0].weight, before)
+
+def test_parameters_of_another_model():
+    model = nn.Linear(2, 2)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match='params has weight, which is not a parameter of the optimizer'): virtual_step(opt, dict(nn.Linear(2, 2).named_parameters()))
+    with pytest.raises(ValueError, match='params has no parameter'): virtual_step(opt, {})
 
 def test_against_torchopt(tmp_path):
     "TorchOpt's differentiable Adam, taken through one step from the state that PyTorch's Adam has."
@@ -194,7 +244,7 @@ class NoGrad(torch.optim.SGD):
         for group in self.param_groups:
             for p in group['params']: p -= group['lr']*p.grad
 
-@pytest.mark.parametrize('make,message', [(torch.optim.LBFGS, "LBFGS can't be looked ahead along: it has no option `differentiable`.*lookahead='sgd'"),
+@pytest.mark.parametrize('make,message', [(torch.optim.LBFGS, "the optimizer LBFGS can't be looked ahead along: it has no option `differentiable`.*lookahead='sgd'"),
     (torch.optim.Adafactor, "Adafactor can't be looked ahead along"), (torch.optim.Rprop, "Rprop can't.*the derivative of its step is zero everywhere.*lookahead='sgd'"),
     (NoGrad, "NoGrad can't.*its step has no derivative")])
 def test_optimizers_without_a_derivative(make, message, tmp_path):

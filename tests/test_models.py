@@ -186,3 +186,15 @@ def test_a_model_without_second_derivatives(tmp_path):
         return oracle
     assert fit('auto').compared == 3
     with pytest.raises(NotImplementedError, match="engine='reverse' can't be used: aten::hardsigmoid_backward has no derivative.*Use engine='forward'"): fit('reverse')
+
+@pytest.mark.parametrize('name', LEARNERS)
+def test_meta_weight_net_trains(name, tmp_path):
+    set_seed(1)
+    learn = LEARNERS[name]()
+    learn.path,learn.logger = tmp_path,noop
+    learn.remove_cbs(ProgressCallback)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', module='fastai_l2rw')
+        learn.fit(1, 1e-3, cbs=[cb := MetaWeightNetCallback(net_lr=0.1)])
+    assert len(cb._weight_log) >= 2 and all(p.isfinite().all() for p in learn.model.parameters())
+    assert all(abs(w.mean() - 1) < 1e-4 and w.std() > 0 for _,_,w in cb._weight_log)
