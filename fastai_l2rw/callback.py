@@ -164,11 +164,16 @@ class MetaReweightCallback(Callback):
         if self._trusted is not None: return self._trusted.begin(self.epoch)
         self._recall(self._memory())
         self._trusted = TrustedBatches(self._find_meta_dl(), self._device(), getattr(self.dls, 'n_inp', None), self._class_names(), self._seed)
-        self._trusted.begin(self.epoch)
         if self.lookahead == 'opt': check_lookahead(self.opt, self._params())
-        if self.epoch < self.start: # errors shall come now and not after some epochs
-            self._meta_gradient(list(self._groups))
-            self._epoch_stats['meta_loss'].clear()
+        self._try_out()
+        self._trusted.begin(self.epoch)
+
+    def _try_out(self):
+        "Meet errors of the trusted loader, the model and the loss function now, before a training batch is read."
+        with _naming(self._where_trusted):
+            self._meta_batch = xb,yb = next(self._trusted)
+            model = self._bare_model()
+            with virtual_pass(model, derived_seed(self._device())), torch.no_grad(): self._trusted_losses(model(*xb), *yb)
 
     def _weigh_batch(self):
         "Compute the weights of the batch."

@@ -77,7 +77,7 @@ class TrustedBatches:
         seed:int=0, # Seed of the order and of random transforms
     ):
         self.dl,self.device,self.n_inp,self.seed = dl,device,n_inp,seed
-        self.batches,self.anew = None,True
+        self.anew = True # can it begin a new order?
         self.lacking = {i:o for i,o in enumerate(classes) if o != '#na#'} # classes of which no example has been seen, by label
         self.begin(0)
 
@@ -85,8 +85,9 @@ class TrustedBatches:
         epoch:int, # Number of the epoch of training
     ):
         "Begin the order of an epoch, if the loader can be made anew."
-        self.epoch,self.n_read = epoch,0
+        self.epoch = epoch
         if not self.anew: return
+        self.n_read = 0
         with self._forked():
             dl = _shuffled(self.dl)
             self.anew,self.batches = dl is not None,_endless(self.dl if dl is None else dl)
