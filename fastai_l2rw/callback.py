@@ -9,7 +9,6 @@ __all__ = ['MetaReweightCallback']
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
 from inspect import signature
 
 import pandas as pd, torch
@@ -26,7 +25,6 @@ from fastai.learner import Recorder
 from fastai.optimizer import Optimizer
 from fastai.torch_core import find_bs, one_param
 from fastcore.basics import store_attr
-from fastcore.xtras import modify_exception
 
 from .lookahead import _bare, check_lookahead, virtual_step
 from .reweight import *
@@ -75,9 +73,11 @@ def _naming(where):
     try: yield
     except (_LossError, NoForwardDerivative): raise
     except Exception as e:
-        message = f'{where()}: {e}'
-        if message in str(modify_exception(deepcopy(e), message, replace=True)): raise modify_exception(e, message, replace=True)
-        try: named = type(e)(message) # what a missing file says of itself can't be changed
+        args,message = e.args,f'{where()}: {e}'
+        e.args = (message,)
+        if message in str(e): raise
+        e.args = args # what a missing file says of itself, for one, can't be changed
+        try: named = type(e)(message)
         except TypeError: named = RuntimeError(message)
         raise named from e
 

@@ -140,6 +140,12 @@ def test_a_model_that_fails_under_meta_weight_net(make_learner, call):
 
 # ---- trusted loaders that fail
 
+class Locked(Exception):
+    "An error that can be neither copied nor made from a message."
+    def __init__(self, file, lock): super().__init__(file, lock)
+    def __reduce__(self): raise TypeError('has a lock')
+    def __str__(self): return f'{self.args[0]} is locked'
+
 class Images(Dataset):
     "Fails at an item, in the way that is asked for."
     def __init__(self, fault, at=7): self.fault,self.at = fault,at
@@ -148,6 +154,7 @@ class Images(Dataset):
         x,y = images[meta[i]].clone(),int(labels[meta[i]])
         if i == self.at and self.fault == 'truncated': raise OSError('image file is truncated (3 bytes not processed)')
         if i == self.at and self.fault == 'missing': open('/nowhere/7.jpg')
+        if i == self.at and self.fault == 'locked': raise Locked('7.jpg', object())
         if i == self.at and self.fault == 'encoding': b'\xff'.decode('utf-8')
         if i == self.at and self.fault == 'dies' and torch.utils.data.get_worker_info(): os._exit(1)
         if i == self.at and self.fault == 'nan': x[0, 0, 0] = float('nan')
@@ -167,6 +174,7 @@ FAULTS = {
     'truncated image': (lambda: TorchLoader(Images('truncated'), 12), OSError, r'batch [12] of meta_dl in epoch 0 \(could not be read\): image file is truncated'),
     'truncated image in a worker': (lambda: TorchLoader(Images('truncated'), 12, num_workers=1), OSError, r'(?s)batch [12] of meta_dl in epoch 0 \(could not be read\).*image file is truncated'),
     'missing image': (lambda: TorchLoader(Images('missing'), 12), FileNotFoundError, r'batch [12] of meta_dl in epoch 0 \(could not be read\): .*No such file or directory: ./nowhere/7.jpg'),
+    "an error of the user's own": (lambda: TorchLoader(Images('locked'), 12), Exception, r'batch [12] of meta_dl in epoch 0 \(could not be read\): 7.jpg is locked'),
     'a name in another encoding': (lambda: TorchLoader(Images('encoding'), 12), Exception, r"batch [12] of meta_dl in epoch 0 \(could not be read\): .*can't decode byte 0xff"),
     'a worker dies': (lambda: TorchLoader(Images('dies'), 12, num_workers=1), RuntimeError, r'(?s)batch [12] of meta_dl in epoch 0 \(could not be read\).*worker'),
     'NaN in a trusted item': (lambda: TorchLoader(Images('nan'), 12), FloatingPointError, r'batch [12] of meta_dl in epoch 0 .* holds NaN or infinite values, in its item\(s\) \[\d+\]'),
