@@ -384,6 +384,6 @@ class MetaReweightCallback(Callback):
         epochs,items,weights = zip(*self._weight_log)
         first = 0 if last is None else epochs[-1] - last + 1
         items,weights = [torch.cat([o for e,o in zip(epochs, os) if e >= first]).cpu() for os in (items, weights)]
-        if (items < 0).any(): raise ValueError(f"the training loader, {_describe(self.dls.train)}, does not tell which items are in a batch; fastai's loaders do")
+        if (items < 0).any(): raise ValueError(f"the training loader, {_describe(self.dls.train)}, does not tell which items are in a batch; fastai's loaders do, but for those of texts sorted by length")
         df = pd.DataFrame(dict(item=items, weight=weights, zero=weights == 0))
         return df.groupby('item').agg(weight=('weight', 'mean'), zero=('zero', 'mean'), steps=('weight', 'size'))
