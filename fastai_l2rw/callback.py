@@ -81,6 +81,13 @@ def _naming(where):
         except TypeError: named = RuntimeError(message)
         raise named from e
 
+def _class_names(dls):
+    "Names of the classes by label, as far as the data tell."
+    vocab = getattr(dls, 'vocab', None)
+    if vocab is None: return range(getattr(dls, 'c', 0))
+    several = len(vocab) and hasattr(vocab[-1], '__len__') and not isinstance(vocab[-1], str) # those of the words and of the classes, say
+    return vocab[-1] if several else vocab
+
 def _finite(t): return t.isfinite() if t.is_floating_point() or t.is_complex() else torch.ones_like(t, dtype=torch.bool)
 
 def _not_finite_items(batch):
@@ -163,7 +170,7 @@ class MetaReweightCallback(Callback):
         self._n_weighed,self._epoch_stats = 0,dict(meta_loss=[], zero_weights=[], ess=[])
         if self._trusted is not None: return self._trusted.begin(self.epoch)
         self._recall(self._memory())
-        self._trusted = TrustedBatches(self._find_meta_dl(), self._device(), getattr(self.dls, 'n_inp', None), self._class_names(), self._seed)
+        self._trusted = TrustedBatches(self._find_meta_dl(), self._device(), getattr(self.dls, 'n_inp', None), _class_names(self.dls), self._seed)
         if self.lookahead == 'opt': check_lookahead(self.opt, self._params())
         self._try_out()
         self._trusted.begin(self.epoch)
@@ -217,7 +224,7 @@ class MetaReweightCallback(Callback):
         "Keep what a resumed fit needs where `learn.save` finds it: beside the optimizer's state of a parameter."
         if self._searching(): return
         opt = _bare(self.opt)
-        state = next((opt.state[p] for p,*_ in self.opt.all_params() if opt.state.get(p)), None)
+        state = next(filter(None, opt.state.values()), None)
         if state is None and isinstance(opt, (Optimizer, torch.optim.SGD)): state = opt.state[self.opt.all_params()[0][0]]
         if state is not None: self._kept = state['meta_reweight'] = self._to_remember() # others take a state that isn't empty for complete
 
@@ -265,13 +272,6 @@ class MetaReweightCallback(Callback):
     def _bare_model(self): return self.model.module if isinstance(self.model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else self.model
 
     def _device(self): return one_param(self.model).device
-
-    def _class_names(self):
-        "Names of the classes by label, as far as the data tell."
-        vocab = getattr(self.dls, 'vocab', None)
-        if vocab is None: return range(getattr(self.dls, 'c', 0))
-        several = len(vocab) and hasattr(vocab[-1], '__len__') and not isinstance(vocab[-1], str) # those of the words and of the classes, say
-        return vocab[-1] if several else vocab
 
     def _find_groups(self):
         "The optimizer's group of every parameter to look ahead along, by name."

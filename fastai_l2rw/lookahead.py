@@ -57,7 +57,8 @@ def virtual_step(
     "A step of the optimizer, and what a small change of its gradient would do; raises `ValueError` for an optimizer that autograd can't follow, and for parameters that are not its own."
     if isinstance(_bare(opt), torch.optim.Optimizer) and 'differentiable' not in _bare(opt).defaults: _refuse(opt, 'it has no option `differentiable`')
     names,own = {p: k for k,p in params.items()},[p for group in opt.param_groups for p in group['params']]
-    foreign = [k for p,k in names.items() if not any(p is o for o in own)]
+    known = set(own)
+    foreign = [k for p,k in names.items() if p not in known]
     if foreign or not names: raise ValueError(f"params has {foreign[0] + ', which is not a parameter of the optimizer' if foreign else 'no parameter'}: give some of the optimizer's, by name")
     memo,stepped,gradients = {},{},{}
     for p in own: # what deepcopy shall put in the place of a parameter

@@ -19,23 +19,24 @@ from fastai.losses import CrossEntropyLossFlat, FocalLossFlat
 from fastai.tabular.core import TabDataLoader, TabWeightedDL
 from fastcore.basics import store_attr
 
-from .callback import MetaReweightCallback, _naming, _scale
+from .callback import MetaReweightCallback, _class_names, _naming, _scale
 from .data.core import _labels_of, listed
 from .reweight import *
 
 # %% ../nbs/01a_schemes.ipynb #94af59a5
+def _class_labels(dls):
+    "The label of each training item."
+    try: return _labels_of(dls.train.dataset).tolist()
+    except (TypeError, ValueError) as e: raise ValueError(f'dls must have one class label per training item: {e}') from e
+
 def class_counts(
     dls:DataLoaders, # `DataLoaders` with one label per training item
 )->Tensor: # Shape (number of classes,)
     "Number of training items of each class; raises `ValueError` if the items don't have one label each."
-    try: labels = _labels_of(dls.train.dataset)
-    except (TypeError, ValueError) as e: raise ValueError(f'dls must have one class label per training item: {e}') from e
-    if (counts := Counter(labels.tolist())) and not hasattr(dls, 'vocab'):
-        if not all(isinstance(o, int) and o >= 0 for o in counts): raise ValueError(f'dls has no vocab, so its labels must be whole numbers from 0, not {listed(counts)}')
-        return torch.tensor([counts[c] for c in range(getattr(dls, 'c', max(counts) + 1))])
-    vocab = dls.vocab
-    if len(vocab) and hasattr(vocab[-1], '__len__') and not isinstance(vocab[-1], str): vocab = vocab[-1] # of texts, that of the words comes first
-    return torch.tensor([counts[c] for c in vocab])
+    counts = Counter(_class_labels(dls))
+    if not hasattr(dls, 'vocab') and not all(isinstance(o, int) and o >= 0 for o in counts):
+        raise ValueError(f'dls has no vocab, so its labels must be whole numbers from 0, not {listed(counts)}')
+    return torch.tensor([counts[c] for c in _class_names(dls) or range(max(counts) + 1)])
 
 # %% ../nbs/01a_schemes.ipynb #5f8b7328
 def class_weights(
@@ -58,8 +59,7 @@ def weighted_sampler(
     "Draw rare classes more often; raises `TypeError` if the training loader isn't one of fastai's for items with positions, and what `class_counts` raises."
     dl = dls.train
     if not isinstance(dl, TfmdDL) or not dl.indexed: raise TypeError(f"dls.train is a {type(dl).__name__}, but must be a loader of fastai whose items have a position")
-    class_counts(dls) # has words for what has no classes
-    labels = _labels_of(dl.dataset).tolist()
+    labels = _class_labels(dls)
     counts = Counter(labels)
     sampled = copy(dls)
     cls = TabWeightedDL if isinstance(dl, TabDataLoader) else WeightedDL
