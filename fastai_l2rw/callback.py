@@ -28,6 +28,7 @@ from fastcore.basics import store_attr
 
 from .lookahead import _bare, check_lookahead, virtual_step
 from .reweight import *
+from .robust import *
 from .trusted import TrustedBatches, _describe, _plain, _shapes
 
 # %% ../nbs/01_callback.ipynb #20ad425b
@@ -100,9 +101,9 @@ class MetaReweightCallback(Callback):
     "Weigh each training example, in each step, by how much learning from it lowers the loss on trusted examples (Ren et al. 2018, Algorithm 1)."
     order,run_valid = Recorder.order+5,False # after the Recorder has named its columns, before others (60) read the names
     remove_on_fetch = True # as the Recorder, whose log it adds to
-    _stateattrs = ('meta_dl','_trusted','_meta_grad','_meta_batch','_example_weights','_epoch_stats','_epoch_means','_weight_log') # none of it is exported
+    _stateattrs = ('meta_dl','_trusted','_meta_grad','_meta_batch','_example_weights','_epoch_stats','_epoch_means','_weight_log','_running') # none of it is exported
     _kept = None
-    meta_dl = _trusted = _meta_grad = _meta_batch = _example_weights = _epoch_stats = _epoch_means = None
+    meta_dl = _trusted = _meta_grad = _meta_batch = _example_weights = _epoch_stats = _epoch_means = _running = _norms = None
     _weight_log = ()
 
     def __init__(self,
@@ -114,6 +115,9 @@ class MetaReweightCallback(Callback):
         every:int=1, # Number of steps for which the gradient on a trusted batch is used
         start:int=0, # Number of epochs of plain training before the reweighting begins, in each fit
         on_zero:str='skip', # If no example of a batch helps: learn nothing from it ('skip') or weigh all alike ('uniform')
+        relative:bool=False, # Divide each alignment by the length of the gradient of the example's loss at the model's output?
+        smooth:float=0., # Average each item's alignments over its visits in a fit, each counting `smooth` times as much as the next; below 1
+        mix:float=0., # Share of the weight that goes to all examples alike, from 0 to 1
         record:bool=True, # Keep the weight of each item in each step, for `item_weights`?
     ):
         if isinstance(meta_dl, DataLoaders): raise TypeError('meta_dl is a DataLoaders, but must be one loader: take one of its loaders, such as meta_dl.train')
@@ -127,6 +131,8 @@ class MetaReweightCallback(Callback):
             if value not in allowed: raise ValueError(f"{name}={value!r} is unknown: use {' or '.join(map(repr, allowed))}")
         for name,value,least in (('every', every, 1), ('start', start, 0)):
             if not isinstance(value, int) or value < least: raise ValueError(f'{name}={value!r} must be a whole number, {least} or more')
+        for name,value,fits in (('smooth', smooth, 0 <= smooth < 1), ('mix', mix, 0 <= mix <= 1)):
+            if not fits: raise ValueError(f"{name}={value!r} must be from 0 to {'below ' if name == 'smooth' else ''}1")
         store_attr(but='meta_dl') # which also keeps what it stores a second time, in what is exported
         self.meta_dl,self._was_given = meta_dl,meta_dl is not None
         self._engine = 'forward' if engine == 'auto' else engine
@@ -162,7 +168,9 @@ class MetaReweightCallback(Callback):
     def before_train(self):
         "Find the trusted loader, and the parameters to look ahead along, which can change from one epoch to the next."
         with self._tidy():
-            if self._trusted is None and not self._searching(): self._weight_log = []
+            if self._trusted is None:
+                self._running = None
+                if not self._searching(): self._weight_log = []
             self._begin()
 
     def _begin(self):
@@ -208,10 +216,30 @@ class MetaReweightCallback(Callback):
         at,pull_back = self._lookahead()
         if self._n_weighed % self.every == 0: self._meta_grad = self._meta_gradient(at)
         self._n_weighed += 1
-        u = self._alignment(batch, pull_back(self._meta_grad))
+        u = self._alignment(batch, pull_back(self._meta_grad), self._measured_losses if self.relative else None)
         self._check_finite(u, batch)
         if self.every == 1: self._meta_grad = None # its memory is better used by the training step
-        return normalise(rectify(u))
+        return self._weights_from(u)
+
+    def _measured_losses(self, pred, *yb):
+        "The losses of the items; the lengths of their gradients are noted on the way."
+        self._norms = output_gradient_norms(self._training_losses, pred, *yb)
+        return self._training_losses(pred, *yb)
+
+    def _weights_from(self, u):
+        "The weights of a batch with alignments `u`."
+        if self.relative: u,self._norms = relative_alignments(u, self._norms),None
+        if self.smooth: u = self._smoothed(u)
+        w = normalise(rectify(u))
+        return mix_uniform(w, self.mix) if self.mix else w
+
+    def _smoothed(self, u):
+        "The mean alignments of the batch's items over their visits."
+        items = self._batch_items(len(u))
+        if (items < 0).any(): raise ValueError(f"smooth={self.smooth} needs to know which items are in a batch, and the training loader, {_describe(self.dl)}, does not tell: "
+            "use smooth=0, or one of fastai's loaders, but for those of texts sorted by length")
+        if self._running is None: self._running = RunningAlignments(self.smooth, len(self.dl.dataset), u.device)
+        return self._running.update(items, u)
 
     def _weigh_loss(self):
         "Weigh the losses of the batch, which has been predicted by now."
@@ -245,7 +273,7 @@ class MetaReweightCallback(Callback):
 
     def _searching(self): return hasattr(self.learn, 'lr_finder') # is this no real training?
 
-    def _to_remember(self): return dict(seed=self._seed)
+    def _to_remember(self): return dict(seed=self._seed) | (dict(running=vars(self._running)) if self._running else {})
 
     def _memory(self):
         "What `after_step` kept in the optimizer, which may have been loaded since."
@@ -257,8 +285,12 @@ class MetaReweightCallback(Callback):
         for state in _bare(self.opt).state.values(): state.pop('meta_reweight', None)
 
     def _recall(self, memory):
-        "Go on with the seed of the fit that is resumed, if it is."
-        if self.epoch > 0: self._seed = memory.get('seed', self._seed)
+        "Go on with the seed and the means of the fit that is resumed, if it is."
+        if self.epoch == 0: return
+        self._seed = memory.get('seed', self._seed)
+        if self.smooth and self._running is None and len(memory.get('running', {}).get('sums', ())) == len(self.dls.train_ds):
+            self._running = RunningAlignments(self.smooth, 0)
+            vars(self._running).update(memory['running'], decay=self.smooth)
 
     def _find_meta_dl(self):
         if self.meta_dl is not None: return self.meta_dl
