@@ -3,8 +3,8 @@ import subprocess, sys
 import numpy as np, pandas as pd, pytest
 from sklearn.datasets import load_digits
 
-from fastai_l2rw.experiments import *
-from fastai_l2rw import experiments
+from fastai_l2rw.demo import *
+from fastai_l2rw import demo
 
 clean = load_digits().target
 
@@ -30,7 +30,7 @@ def test_schemes_start_from_the_same_weights(monkeypatch):
     starts = []
     class Stop(Exception): pass
     def fit(self, *args): starts.append([p.detach().clone() for p in self.model.parameters()]); raise Stop
-    monkeypatch.setattr(experiments.Learner, 'fit_one_cycle', fit)
+    monkeypatch.setattr(demo.Learner, 'fit_one_cycle', fit)
     for scheme in schemes:
         with pytest.raises(Stop): train_scheme(digits_data(0), scheme, seed=5)
     for other in starts[1:]:
@@ -60,7 +60,7 @@ def test_results_table():
     assert results_table(results[results.seed == 0], 0).loc['balanced accuracy', 'unweighted'] == '20.0'
 
 def command(*args, cwd):
-    code = 'import sys; from fastai_l2rw.experiments import l2rw_demo; sys.argv[0] = "l2rw_demo"; l2rw_demo()'
+    code = 'import sys; from fastai_l2rw.demo import l2rw_demo; sys.argv[0] = "l2rw_demo"; l2rw_demo()'
     script = cwd/'l2rw_demo'
     script.write_text(f'#!{sys.executable}\n{code}\n')
     return subprocess.run([sys.executable, str(script), *args], cwd=cwd, capture_output=True, text=True)
