@@ -5,9 +5,7 @@
 # %% auto #0
 __all__ = ['variants', 'default_schemes', 'schedules', 'is_static', 'train_rows', 'confusion_matrix', 'scores', 'bare',
            'train_variant', 'versions', 'kept_dls', 'fit_schedule', 'cell_key', 'Results', 'run_cells', 'Grid',
-           'select_settings', 'cell_name', 'run_grid', 'check_options', 'check_counts', 'make_grid', 'mean_sd',
-           'markdown', 'summary_table', 'paired_table', 'chosen_table', 'weights_table', 'write_tables',
-           'scheme_styles', 'plot_against', 'plot_bars', 'save_figure']
+           'select_settings', 'cell_name', 'run_grid', 'check_options', 'check_counts', 'make_grid']
 
 # %% ../nbs/07_experiments.ipynb #ee2a6bd2
 import json, math, os, signal, time, traceback
@@ -29,7 +27,6 @@ from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import TensorImage, num_distrib, rank_distrib, set_seed
-from matplotlib.figure import Figure
 from torch import nn
 
 from .callback import MetaReweightCallback
@@ -125,12 +122,11 @@ def train_variant(
     seed:int=0, # Seed of the initial weights and of what is drawn in training
     every:int=5, # Number of epochs from one validation to the next
     precision:str='fp32', # 'fp32', or 'fp16' or 'bf16' on a GPU
-    test_dl=None, # Loader to test on; default: the fourth of `dls`, if there is one
+    after:Callable|None=None, # `after(learn)` is called when the training is over
 )->dict: # What is to be known of the training, in numbers
     "Train by a variant, validate, and test if there is something to test on; a training that diverges is scored as it stands."
     n_classes,vocab = len(dls.vocab),list(map(str, dls.vocab))
-    valid_dl,meta_dl = dls.valid,dls.loaders[2]
-    if test_dl is None and len(dls.loaders) > 3: test_dl = dls.loaders[3]
+    valid_dl,meta_dl,*test_dl = dls.loaders[1:]
     if how.get('sampler'): dls = weighted_sampler(dls)
     parts = weighting_scheme(how['scheme'], dls, meta_dl.new(bs=min(50, meta_dl.n), shuffle=True), **how.get('kwargs', {}))
     set_seed(seed) # again, since schemes may have drawn
@@ -143,17 +139,18 @@ def train_variant(
         try: fit(learn)
         except FloatingPointError: diverged = True
     seconds = time.perf_counter() - start - watch.seconds
+    learn.remove_cb(watch)
     model = bare(learn.model)
     valid = scores(confusion_matrix(model, valid_dl, n_classes))['balanced_accuracy']
     row = dict(valid_balanced_accuracy=valid, best_valid_balanced_accuracy=max(watch.best, valid), best_epoch=watch.best_epoch,
         n_train=int((table.part == 'train').sum()), n_steps=watch.steps, seconds=seconds,
         diverged=diverged or not all(p.isfinite().all() for p in model.parameters()), classes=vocab)
     if (cb := next((o for o in learn.cbs if isinstance(o, MetaReweightCallback)), None)) and not diverged: row |= _weight_facts(learn, cb, table)
-    if test_dl is not None:
-        row |= scores(confusion_matrix(model, test_dl, n_classes))
-        if watch.state is not None:
-            model.load_state_dict(watch.state)
-            row['early_stopped_balanced_accuracy'] = scores(confusion_matrix(model, test_dl, n_classes))['balanced_accuracy']
+    if after: after(learn)
+    if test_dl:
+        row |= scores(confusion_matrix(model, test_dl[0], n_classes))
+        if watch.state: model.load_state_dict(watch.state)
+        row['early_stopped_balanced_accuracy'] = scores(confusion_matrix(model, test_dl[0], n_classes))['balanced_accuracy']
     return row | {f'version_{o}': v for o,v in versions().items()} | dict(device=str(dls.device), threads=torch.get_num_threads())
 
 def _weight_facts(learn, cb, table):
@@ -187,9 +184,10 @@ def kept_dls(
     bs:int, # Batch size; in distributed training, that of all processes together
     batch_tfms=None, # Batch transforms
     device=None, # Device of the batches; default: fastai's
+    more:Sequence=(), # Paths of further inputs, for loaders that `dls.test_dl` makes
 )->DataLoaders: # A loader for each part
     "Loaders of inputs that are kept in memory, whole batches at a time."
-    paths = list(dict.fromkeys(map(str, table.path)))
+    paths = list(dict.fromkeys(map(str, [*table.path, *more])))
     images = torch.stack([torch.as_tensor(inputs[o]) for o in paths])
     opener = _OpenKept(images, {o: i for i,o in enumerate(paths)})
     block = DataBlock((TransformBlock(dl_type=DecodedDL), TransformBlock), getters=[opener, CategorizeColumn()], splitter=PartSplitter(), batch_tfms=batch_tfms)
@@ -425,7 +423,7 @@ def run_grid(
     train:Callable, # `train(cell)` gives the result, a dictionary; with `jobs` above 1, a function that can be imported
     out:str|Path, # Folder of the results
     *,
-    report:Callable|None=None, # `report(results, folder)` writes tables and figures; called at the end, when interrupted, and every ten minutes
+    report:Callable=lambda results, folder: None, # `report(results, folder)` writes tables and figures; called at the end, when interrupted, and every ten minutes
     jobs:int=1, # Number of cells that are trained at the same time
     dry_run:bool=False, # Only say what would be done?
 )->int: # Exit status: 0 if all cells are finished, otherwise 1
@@ -450,7 +448,8 @@ def run_grid(
     def write():
         if not first or not len(results): return
         results.to_csv()
-        if report: report(results, out)
+        try: report(results, out)
+        except Exception: failed.append((None, 'the report could not be written: ' + traceback.format_exc())) # no reason to end a run of hours
     with _alone(out) if first else nullcontext():
         if num_distrib() > 1:
             from accelerate import PartialState
@@ -470,7 +469,8 @@ def run_grid(
                     if error:
                         failed.append((cell, error))
                         say(f'FAILED {cell_name(cell)}: {error.strip().splitlines()[-1]}')
-                        if first: (out/'errors.log').open('a').write(f'{cell_name(cell)}\n{error}\n')
+                        if first:
+                            with open(out/'errors.log', 'a') as f: f.write(f'{cell_name(cell)}\n{error}\n')
                         continue
                     if first: results.add(cell, result)
                     else: results.rows[cell_key(cell)] = dict(cell=cell, result=result)
@@ -480,8 +480,8 @@ def run_grid(
                         write()
                         reported = time.monotonic()
         finally: write()
-    if failed: say(f'{len(failed)} cells are not finished; run the same command again to try them again ({out/"errors.log"} has more):\n' + '\n'.join(f"  {cell_name(o)}: {e.strip().splitlines()[-1]}" for o,e in failed))
-    else: say(f'all cells are finished: {out}')
+    for cell,error in failed: say((f'NOT FINISHED {cell_name(cell)}: ' if cell else '') + error.strip().splitlines()[-1])
+    say(f'run the same command again to try these again; {out/"errors.log"} has more' if failed else f'all cells are finished: {out}')
     return int(bool(failed))
 
 # %% ../nbs/07_experiments.ipynb #e0390ce9
@@ -517,149 +517,3 @@ def make_grid(
     names = [o.strip() for o in schemes.split(',') if o.strip()] or list(default_schemes)
     try: return Grid(select_settings(families, settings), search_on, names, range(seeds), lrs, options, range(1000, 1000 + search_seeds))
     except ValueError as e: raise SystemExit(f'--{e}') from None
-
-# %% ../nbs/07_experiments.ipynb #69c6ec13
-def mean_sd(
-    values, # Numbers, one per seed
-    sign:bool=False, # Write a plus sign?
-)->str: # Such as '51.2 ± 0.8 (3)'
-    "Mean, standard deviation over the seeds and number of seeds, of shares as percentages."
-    values = 100*np.asarray(values, dtype=float)
-    values = values[np.isfinite(values)]
-    if not len(values): return ''
-    mean = f'{values.mean():+.1f}' if sign else f'{values.mean():.1f}'
-    return mean + (f' ± {values.std(ddof=1):.1f}' if len(values) > 1 else '') + f' ({len(values)})'
-
-def markdown(
-    df:pd.DataFrame, # A table of texts and numbers
-)->str: # The same in Markdown
-    "A table in Markdown, with its index as first column."
-    text = lambda o: '' if o is None or isinstance(o, float) and math.isnan(o) else f'{o:.3g}' if isinstance(o, float) else str(o)
-    rows = [[df.index.name or '', *df.columns], ['---']*(1 + df.shape[1]), *([i, *row] for i,row in zip(df.index, df.itertuples(index=False, name=None)))]
-    return '\n'.join('| ' + ' | '.join(map(text, row)) + ' |' for row in rows)
-
-def _ordered(df, col): return list(dict.fromkeys(df[col]))
-
-def summary_table(
-    df:pd.DataFrame, # Rows of the final stage, as `Results.frame` gives them
-    value:str='balanced_accuracy', # The column to summarise, of shares
-)->pd.DataFrame: # A row per scheme, a column per setting
-    "Mean ± standard deviation of a measure over the seeds, in %."
-    return pd.DataFrame({s: {o: mean_sd(df[(df.setting == s) & (df.scheme == o)][value]) for o in _ordered(df, 'scheme')} for s in _ordered(df, 'setting')}).rename_axis('scheme')
-
-def paired_table(
-    df:pd.DataFrame, # Rows of the final stage, as `Results.frame` gives them
-    value:str='balanced_accuracy', # The column to compare
-)->pd.DataFrame: # A row per scheme that is not static, a column per setting, and a row for the name of the best static scheme
-    "Difference to the static scheme with the best mean on the test set, seed by seed: mean ± standard deviation, in percentage points."
-    columns = {}
-    for s in _ordered(df, 'setting'):
-        wide = df[df.setting == s].pivot(index='seed', columns='scheme', values=value)
-        static = [o for o in wide if is_static(df[df.scheme == o].how.iloc[0])]
-        if not static: continue
-        best = wide[static].mean().idxmax()
-        columns[s] = {'best static scheme': best} | {o: mean_sd(wide[o] - wide[best], sign=True) for o in _ordered(df, 'scheme') if o in wide and o not in static}
-    return pd.DataFrame(columns).rename_axis('scheme')
-
-def chosen_table(
-    df:pd.DataFrame, # Rows of the search, as `Results.frame` gives them
-)->pd.DataFrame: # A row per family and scheme, a column per learning rate
-    "Validation scores of the search in %, the chosen one in bold."
-    rows = {}
-    for (family,scheme),o in df.groupby(['family', 'scheme'], sort=False):
-        means = o.groupby('lr').valid_balanced_accuracy.mean()
-        best = o.groupby('lr', sort=False).valid_balanced_accuracy.mean().idxmax()
-        rows[f'{family}: {scheme}'] = {f'{lr:.3g}': f'**{100*m:.1f}**' if lr == best else f'{100*m:.1f}' for lr,m in means.items()}
-    return pd.DataFrame(rows).T.rename_axis('learning rate').fillna('')
-
-def weights_table(
-    df:pd.DataFrame, # Rows of the final stage, as `Results.frame` gives them
-)->pd.DataFrame: # A row per setting and scheme that learns weights
-    "Mean weights in training (1 if all items counted the same), share of zero weights, and effective sample size."
-    rows = {}
-    if 'ess' not in df: return pd.DataFrame()
-    for (setting,scheme),o in df[df.ess.notna()].groupby(['setting', 'scheme'], sort=False):
-        columns = {'right labels': 'weight_right', 'wrong labels': 'weight_wrong', 'share of zero weights': 'zero_share', 'effective sample size': 'ess'}
-        by_class = pd.DataFrame(o.weight_by_class.tolist()).mean()
-        rows[f'{setting}: {scheme}'] = {k: o[c].mean() for k,c in columns.items() if c in o} | dict(by_class)
-    return pd.DataFrame(rows).T.rename_axis('')
-
-def write_tables(
-    results:Results, # What to summarise
-    folder:str|Path, # Where `results.md` goes
-    title:str, # Its first line
-    more:dict|None=None, # Further tables by title
-):
-    "Write the tables that all experiments have as Markdown."
-    search,final = results.frame(stage='search'),results.frame(stage='final')
-    tables = {}
-    if len(final): tables |= {
-        'Balanced accuracy on the test set after the last epoch, %': summary_table(final),
-        'Difference to the static scheme that is best on the test set, seed by seed, percentage points': paired_table(final),
-        'Balanced accuracy on the test set at the epoch that was best on the validation part, %': summary_table(final, 'early_stopped_balanced_accuracy'),
-        'Balanced accuracy on the validation part after the last epoch, %': summary_table(final, 'valid_balanced_accuracy'),
-        'Accuracy on the test set after the last epoch, %': summary_table(final, 'accuracy'),
-        'Weights in training: mean weight (1 if all items counted the same), share of zero weights, effective sample size of a batch': weights_table(final),
-        'Seconds of training, without validation': final.pivot_table(index='scheme', columns='setting', values='seconds', sort=False).round(1)}
-    if len(search): tables['Search: balanced accuracy on the validation part after the last epoch, %, by learning rate; the chosen one in bold'] = chosen_table(search)
-    blocks = [f'## {name}\n\n{markdown(o)}' for name,o in ((more or {}) | tables).items() if len(o)]
-    Path(folder, 'results.md').write_text(f'# {title}\n\nMean ± standard deviation over the seeds (number of seeds).\n\n' + '\n\n'.join(blocks) + '\n', encoding='utf-8')
-
-def scheme_styles(
-    schemes:Sequence[str], # Names in `variants`
-)->dict[str,dict]: # Arguments of `Axes.plot` by name
-    "A colour and a line for each scheme, the same in all figures; those that learn weights have solid lines."
-    names = list(variants)
-    colors = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#000000', '#999999', '#7B3F00', '#6A3D9A', '#B2DF8A', '#FB9A99']
-    return {o: dict(color=colors[names.index(o) % len(colors)], marker='osD^vPX*<>hd'[names.index(o) % 12], ms=5,
-        ls=':' if variants[o].get('alone') else '--' if is_static(variants[o]) else '-', lw=1.3 if is_static(variants[o]) else 2.2) for o in schemes}
-
-def plot_against(
-    df:pd.DataFrame, # Rows of the final stage of one family
-    name:str, # The setting's argument to plot against, such as 'dominance'
-    xlabel:str, # What to call it
-    value:str='balanced_accuracy', # The column to plot, of shares
-    log:bool=False, # A logarithmic axis?
-)->Figure: # One panel
-    "A measure against an argument of the settings, a line per scheme, with the standard deviation over the seeds as error bars."
-    fig = Figure(figsize=(7.5, 4.6), layout='constrained')
-    ax,df = fig.subplots(),df.assign(x=[o[name] for o in df.data])
-    for scheme,style in scheme_styles(_ordered(df, 'scheme')).items():
-        o = 100*df[df.scheme == scheme].groupby('x')[value].agg(['mean', 'std'])
-        ax.errorbar(o.index, o['mean'], yerr=o['std'].fillna(0), capsize=3, label=scheme, **style)
-    if log: ax.set_xscale('log')
-    xs = sorted(df.x.unique())
-    ax.set_xticks(xs, [f'{x:g}' for x in xs])
-    ax.minorticks_off()
-    ax.set(xlabel=xlabel, ylabel=f'{value.replace("_", " ")} on the test set, %')
-    ax.spines[['top', 'right']].set_visible(False)
-    ax.grid(alpha=0.25)
-    fig.legend(loc='outside right upper', frameon=False)
-    return fig
-
-def plot_bars(
-    df:pd.DataFrame, # Rows of the final stage
-    value:str='balanced_accuracy', # The column to plot, of shares
-)->Figure: # A panel per setting
-    "A measure per scheme, with a dot for every seed."
-    settings,schemes = _ordered(df, 'setting'),_ordered(df, 'scheme')
-    fig = Figure(figsize=(2 + 2.4*len(settings), 0.8 + 0.32*len(schemes)), layout='constrained')
-    for ax,s in zip(np.atleast_1d(fig.subplots(1, len(settings), sharey=True)), settings):
-        for y,o in enumerate(schemes):
-            values = 100*df[(df.setting == s) & (df.scheme == o)][value]
-            if not len(values): continue
-            ax.barh(y, values.mean(), color=scheme_styles([o])[o]['color'], alpha=0.55 if is_static(variants[o]) else 0.9)
-            ax.plot(values, [y]*len(values), 'k.', ms=4, alpha=0.6)
-        ax.set_yticks(range(len(schemes)), schemes)
-        ax.set_title(s, fontsize='medium')
-        ax.spines[['top', 'right']].set_visible(False)
-    fig.axes[0].invert_yaxis()
-    fig.supxlabel(f'{value.replace("_", " ")} on the test set, %', fontsize='medium')
-    return fig
-
-def save_figure(
-    fig:Figure, # What to save
-    file:str|Path, # Path without an extension
-):
-    "Save a figure as PNG and as SVG."
-    for ext in ('png', 'svg'): fig.savefig(f'{file}.{ext}', dpi=150)
