@@ -250,10 +250,11 @@ class Results:
         self.rows[cell_key(cell)] = row
 
     def frame(self,
-        **fields, # Only rows whose cells have these values
-    )->pd.DataFrame: # A row per cell, a column per field of cells and results
+        cells:Sequence[dict]|None=None, # Which cells; default: all
+    )->pd.DataFrame: # A row per finished cell, a column per field of cells and results
         "The rows as a table."
-        return pd.DataFrame([row['cell'] | row['result'] for row in self.rows.values() if all(row['cell'].get(k) == v for k,v in fields.items())])
+        rows = self.rows.values() if cells is None else [self.rows[cell_key(o)] for o in cells if o in self]
+        return pd.DataFrame([row['cell'] | row['result'] for row in rows])
 
     def to_csv(self):
         "Write `results.csv` beside the file; lists and dictionaries are written as JSON."
@@ -423,7 +424,7 @@ def run_grid(
     train:Callable, # `train(cell)` gives the result, a dictionary; with `jobs` above 1, a function that can be imported
     out:str|Path, # Folder of the results
     *,
-    report:Callable=lambda results, folder: None, # `report(results, folder)` writes tables and figures; called at the end, when interrupted, and every ten minutes
+    report:Callable=lambda search, final, folder: None, # Writes tables and figures of the rows of both stages; called at the end, when interrupted, and every ten minutes
     jobs:int=1, # Number of cells that are trained at the same time
     dry_run:bool=False, # Only say what would be done?
 )->int: # Exit status: 0 if all cells are finished, otherwise 1
@@ -445,11 +446,16 @@ def run_grid(
         return 0
     out.mkdir(parents=True, exist_ok=True)
     failed,reported = [],time.monotonic()
+    def fail(name, error):
+        failed.append(name)
+        say(f'FAILED {name}: {error.strip().splitlines()[-1]}')
+        if first:
+            with open(out/'errors.log', 'a') as f: f.write(f'{name}\n{error}\n')
     def write():
         if not first or not len(results): return
         results.to_csv()
-        try: report(results, out)
-        except Exception: failed.append((None, 'the report could not be written: ' + traceback.format_exc())) # no reason to end a run of hours
+        try: report(results.frame(search), results.frame(grid.final_cells(grid.chosen(results))), out)
+        except Exception: fail('the report', traceback.format_exc()) # no reason to end a run of hours
     with _alone(out) if first else nullcontext():
         if num_distrib() > 1:
             from accelerate import PartialState
@@ -461,16 +467,14 @@ def run_grid(
                 cells = search if stage == 'search' else grid.final_cells(chosen)
                 later = grid.final_cells(chosen) if stage == 'search' else []
                 todo = {cell_key(o): o for o in cells if o not in results and o['lr'] is not None}
-                failed += [(o, 'its learning rate could not be searched for') for o in cells if o['lr'] is None]
+                for o in cells:
+                    if o['lr'] is None: fail(cell_name(o), 'there is no learning rate, since its search is not finished')
                 for cell,result,error in run_cells(train, list(todo.values()), jobs):
                     result,error = _from_first((result, error))
                     del todo[cell_key(cell)]
                     pending = [*todo.values(), *(o for o in later if o not in results)]
                     if error:
-                        failed.append((cell, error))
-                        say(f'FAILED {cell_name(cell)}: {error.strip().splitlines()[-1]}')
-                        if first:
-                            with open(out/'errors.log', 'a') as f: f.write(f'{cell_name(cell)}\n{error}\n')
+                        fail(cell_name(cell), error)
                         continue
                     if first: results.add(cell, result)
                     else: results.rows[cell_key(cell)] = dict(cell=cell, result=result)
@@ -480,8 +484,7 @@ def run_grid(
                         write()
                         reported = time.monotonic()
         finally: write()
-    for cell,error in failed: say((f'NOT FINISHED {cell_name(cell)}: ' if cell else '') + error.strip().splitlines()[-1])
-    say(f'run the same command again to try these again; {out/"errors.log"} has more' if failed else f'all cells are finished: {out}')
+    say(f'{len(failed)} failed; run the same command again to try again ({out/"errors.log"} says more)' if failed else f'all cells are finished: {out}')
     return int(bool(failed))
 
 # %% ../nbs/07_experiments.ipynb #e0390ce9

@@ -120,13 +120,13 @@ def train_cifar10(
 
 # %% ../../nbs/07c_report.cifar10.ipynb #0522489f
 def cifar10_report(
-    results:Results, # What has been trained
+    search:pd.DataFrame, # Rows of the search
+    final:pd.DataFrame, # Rows of the final stage
     folder:Path, # Where the report goes
     title:str, # Its first line
 ):
     "Write `results.md` and the figures."
-    write_tables(results, folder, title)
-    final = results.frame(stage='final')
+    write_tables(search, final, folder, title)
     if not len(final): return
     for family,name,xlabel,log in (('dominance', 'dominance', 'share of the training set that the dominant class makes up', False),
                                    ('tail', 'tail', 'ratio of the largest class to the smallest', True)):

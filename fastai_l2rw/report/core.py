@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 
-from ..experiments import Results, is_static, variants
+from ..experiments import is_static, variants
 
 # %% ../../nbs/07b_report.core.ipynb #76926817
 def mean_sd(
@@ -91,13 +91,13 @@ def weights_table(
     return pd.DataFrame(rows).T.rename_axis('')
 
 def write_tables(
-    results:Results, # What to summarise
+    search:pd.DataFrame, # Rows of the search, as `Results.frame` gives them
+    final:pd.DataFrame, # Rows of the final stage
     folder:str|Path, # Where `results.md` goes
     title:str, # Its first line
     more:dict|None=None, # Further tables by title
 ):
     "Write the tables that all experiments have as Markdown."
-    search,final = results.frame(stage='search'),results.frame(stage='final')
     tables = {}
     if len(final): tables |= {
         'Balanced accuracy on the test set after the last epoch, %': summary_table(final),

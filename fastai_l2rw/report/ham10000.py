@@ -172,15 +172,15 @@ def _features_file(out, arch, size): return Path(out)/f'features_{arch}_{size}.p
 
 # %% ../../nbs/07d_report.ham10000.ipynb #2f45b22c
 def ham10000_report(
-    results:Results, # What has been trained
+    search:pd.DataFrame, # Rows of the search
+    final:pd.DataFrame, # Rows of the final stage
     folder:Path, # Where the report goes
     title:str, # Its first line
     table:pd.DataFrame, # The parts of the first seed
 ):
     "Write `results.md` and the figures."
-    final = results.frame(stage='final')
     more = {f'Table 2: recall of each kind on the test set, %: {s}': recall_table(o) for s,o in final.groupby('setting', sort=False)} if len(final) else {}
-    write_tables(results, folder, title, more)
+    write_tables(search, final, folder, title, more)
     save_figure(plot_parts(table), folder/'figure2_parts')
     if not len(final): return
     save_figure(plot_bars(final), folder/'table1')
