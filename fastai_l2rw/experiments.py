@@ -13,12 +13,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from threading import Thread
 
-import fastai, numpy as np, pandas as pd, torch
+import fastai, fastai_l2rw, numpy as np, pandas as pd, torch
 import fastai.distributed # methods of Learner
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.fp16 import MixedPrecision
@@ -155,19 +154,22 @@ def train_variant(
 
 def _weight_facts(learn, cb, table):
     "Who got the weights: right and wrong labels, each class; 1 if all items counted the same."
-    weights = cb.item_weights()
+    try: weights = cb.item_weights()
+    except ValueError: return {} # none were learned yet
     train = table[table.part == 'train'].reset_index(drop=True).loc[weights.index]
     facts = dict(weight_by_class=weights.weight.groupby(train.label).mean().to_dict(), zero_share=float((weights.zero*weights.steps).sum()/weights.steps.sum()),
         ess=float(np.nanmean([o[-1] for o in learn.recorder.values])))
     if 'clean' in train and (train.label != train.clean).any():
         wrong = train.label != train.clean
         facts |= dict(weight_right=float(weights.weight[~wrong].mean()), weight_wrong=float(weights.weight[wrong].mean()))
+        alike = weights.weight.groupby([train.label, wrong]).mean().unstack().dropna() # wrong labels name other classes than right ones do
+        if len(alike): facts |= dict(weight_right_alike=float(alike[False].mean()), weight_wrong_alike=float(alike[True].mean()))
     return facts
 
 def versions(
 )->dict[str,str]: # By package
     "The versions that results depend on."
-    return dict(torch=torch.__version__, fastai=fastai.__version__, fastai_l2rw=version('fastai_l2rw'))
+    return dict(torch=torch.__version__, fastai=fastai.__version__, fastai_l2rw=fastai_l2rw.__version__)
 
 # %% ../nbs/07_experiments.ipynb #0ab4db6b
 class _OpenKept(OpenDecoded):
@@ -223,11 +225,11 @@ class Results:
         self.file,self.rows = Path(folder)/'results.jsonl',{}
         data = self.file.read_bytes() if self.file.exists() else b''
         self.size = data.rfind(b'\n') + 1 # without a line that was not finished
-        lines = data[:self.size].splitlines()
-        for i,line in enumerate(lines):
-            try: row = json.loads(line)
-            except ValueError as e: raise ValueError(f'line {i + 1} of {str(self.file)!r} is no row of results: {e}') from e
-            self.rows[cell_key(row['cell'])] = row
+        for i,line in enumerate(data[:self.size].splitlines()):
+            try:
+                row = json.loads(line)
+                self.rows[cell_key(row['cell'])] = dict(cell=row['cell'], result=row['result'])
+            except (ValueError, TypeError, KeyError) as e: raise ValueError(f'line {i + 1} of {str(self.file)!r} is no row of results: {e!r}') from e
 
     def __len__(self): return len(self.rows)
     def __contains__(self, cell): return cell_key(cell) in self.rows

@@ -85,7 +85,8 @@ def weights_table(
     rows = {}
     if 'ess' not in df: return pd.DataFrame()
     for (setting,scheme),o in df[df.ess.notna()].groupby(['setting', 'scheme'], sort=False):
-        columns = {'right labels': 'weight_right', 'wrong labels': 'weight_wrong', 'share of zero weights': 'zero_share', 'effective sample size': 'ess'}
+        columns = {'right labels': 'weight_right', 'wrong labels': 'weight_wrong',
+            'right labels, mean of classes': 'weight_right_alike', 'wrong labels, mean of classes': 'weight_wrong_alike', 'share of zero weights': 'zero_share', 'effective sample size': 'ess'}
         by_class = pd.DataFrame(o.weight_by_class.tolist()).mean()
         rows[f'{setting}: {scheme}'] = {k: o[c].mean() for k,c in columns.items() if c in o} | dict(by_class)
     return pd.DataFrame(rows).T.rename_axis('')
@@ -190,17 +191,18 @@ def plot_confusions(
 def plot_weights(
     df:pd.DataFrame, # Rows of the final stage
 )->Figure|None: # A panel per setting; None if no scheme has learned weights
-    "Mean weight of each class, and of right and wrong labels, with the standard deviation over the seeds."
+    "Mean weight of each class, and of right and wrong labels of the same class, with the standard deviation over the seeds."
     if 'ess' not in df or not len(df := df[df.ess.notna()]): return None
     settings,schemes = _ordered(df, 'setting'),_ordered(df, 'scheme')
     fig = Figure(figsize=(9, 0.6 + 2.6*len(settings)), layout='constrained')
     for ax,s in zip(np.atleast_1d(fig.subplots(len(settings), 1)), settings):
         o = df[df.setting == s]
-        groups = list(o.classes.iloc[0]) + ['right labels', 'wrong labels']*int('weight_wrong' in o and o.weight_wrong.notna().any())
+        alike = {'right labels\n(mean of classes)': 'weight_right_alike', 'wrong labels\n(mean of classes)': 'weight_wrong_alike'}
+        groups = [*o.classes.iloc[0], *(k for k,c in alike.items() if c in o and o[c].notna().any())]
         for k,scheme in enumerate(schemes):
             rows = o[o.scheme == scheme]
             if not len(rows): continue
-            values = pd.DataFrame([w | {'right labels': r.get('weight_right'), 'wrong labels': r.get('weight_wrong')} for w,(_,r) in zip(rows.weight_by_class, rows.iterrows())]).reindex(columns=groups)
+            values = pd.DataFrame([w | {k: r.get(c) for k,c in alike.items()} for w,(_,r) in zip(rows.weight_by_class, rows.iterrows())]).reindex(columns=groups)
             ax.bar(np.arange(len(groups)) + (k + 0.5)/len(schemes)*0.8 - 0.4, values.mean(), 0.8/len(schemes), yerr=values.std().fillna(0), capsize=2,
                 color=scheme_styles([scheme])[scheme]['color'], label=scheme)
         ax.axhline(1, color='k', lw=0.8, ls=':')
@@ -230,4 +232,4 @@ def save_figure(
     file:str|Path, # Path without an extension
 ):
     "Save a figure as PNG and as SVG."
-    for ext in ('png', 'svg'): fig.savefig(f'{file}.{ext}', dpi=150)
+    for ext in ('png', 'svg'): fig.savefig(f'{file}.{ext}', dpi=150, bbox_inches='tight')
