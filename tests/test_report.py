@@ -71,7 +71,7 @@ def test_all_schemes_get_the_same(cifar, monkeypatch, kwargs):
     seen,rows = spy_on_learners(monkeypatch, cifar10),{}
     for scheme in default_schemes: rows[scheme] = train_cifar10(cell(scheme=scheme, **kwargs), str(cifar), device='cpu')
     first = seen[0]
-    items = lambda dl: dl.dataset.items.iloc[list(dl.dataset.splits[0])] if False else sorted(zip(map(str, dl.dataset.items.path), dl.dataset.items.label))
+    items = lambda dl: sorted(zip(map(str, dl.dataset.items.path), dl.dataset.items.label))
     for scheme,learn in zip(rows, seen):
         assert all((p == q).all() for p,q in zip(first.first_weights, learn.first_weights))
         assert rows[scheme]['n_steps'] == rows['unweighted']['n_steps'] > 0 and rows[scheme]['n_train'] == rows['unweighted']['n_train']
@@ -106,7 +106,7 @@ def test_settings_do_what_they_say(cifar, tmp_path):
             table = cifar10._rows(str(cifar), str(tmp_path/'human.csv'), 0, 1., 2, 4, False, **{'kind' if k == 'human' else k: v for k,v in data.items()})
             train = table[table.part == 'train']
             counts = train.clean.value_counts()
-            if 'dominance' in data: assert counts.idxmax() == 'airplane' and abs(counts.max()/len(train) - data['dominance']) < 0.04
+            if 'dominance' in data: assert counts.idxmax() == 'airplane' and abs(counts.max()/len(train) - data['dominance']) < 0.05
             if 'tail' in data: assert counts['airplane'] == 34 and counts['truck'] == 34//data['tail']
             wrong = train.label != train.clean
             if 'uniform' in data: assert abs(wrong.mean() - 0.4) < 0.05
@@ -120,7 +120,7 @@ def call(command, **kwargs):
     return e.value.code
 
 def test_the_command_for_cifar10(cifar, tmp_path, capsys):
-    kwargs = dict(path=cifar, out=tmp_path/'out', settings='dominance 0.5,dominance 0.7,uniform 0.4', schemes='unweighted,reweighted', seeds=2, epochs=2, bs=16, lrs='0.01,0.03',
+    kwargs = dict(path=cifar, out=tmp_path/'out', settings='dominance 0.5,dominance 0.7,uniform 0.4', schemes='unweighted,reweighted', seeds=2, epochs=1, bs=16, lrs='0.01,0.03',
         meta_per_class=2, valid_per_class=4, every=1, device='cpu')
     assert call(l2rw_cifar10, **kwargs, dry_run=True) == 0 and not (tmp_path/'out').exists()
     assert 'to do: 20 cells' in capsys.readouterr().out
@@ -141,9 +141,8 @@ def test_the_command_for_cifar10(cifar, tmp_path, capsys):
 def test_wrong_arguments_for_cifar10(cifar, tmp_path, kwargs, says):
     assert says in call(l2rw_cifar10, **dict(path=cifar, out=tmp_path/'out', dry_run=True) | kwargs)
 
-@pytest.mark.parametrize('net', ['resnet32', 'resnet18'])
-def test_residual_networks_train_reweighted(cifar, net):
-    row = train_cifar10(cell(scheme='reweighted', net=net, epochs=1, subset=0.5), str(cifar), device='cpu')
+def test_residual_networks_train_reweighted(cifar):
+    row = train_cifar10(cell(scheme='reweighted', net='resnet32', epochs=1, subset=0.5), str(cifar), device='cpu')
     assert row['n_steps'] > 0 and not row['diverged'] and row['ess'] >= 1
 
 # --- HAM10000
@@ -184,7 +183,7 @@ def test_the_challenges_test_set(ham, tmp_path):
     confusion = np.array(row['confusion'])
     truth = pd.read_csv(tmp_path/'test/ISIC2018_Task3_Test_GroundTruth.csv').set_index('image')
     scored = truth.index != 'ISIC_0035068'
-    right = (truth.drop(columns=[]).to_numpy().argmax(1) == df.set_index('image')[truth.columns].to_numpy().argmax(1))[scored]
+    right = (truth.to_numpy().argmax(1) == df.set_index('image')[truth.columns].to_numpy().argmax(1))[scored]
     assert confusion.sum() == scored.sum() and np.isclose(right.mean(), row['accuracy'])
     assert row['n_train'] > 0 and 'early_stopped_balanced_accuracy' in row
 
@@ -206,7 +205,7 @@ def test_the_search_reads_no_test_lesion(ham, tmp_path, monkeypatch):
     assert 'balanced_accuracy' not in rows[0] and rows[0]['valid_balanced_accuracy'] == rows[1]['valid_balanced_accuracy']
     assert len(seen[0].dls.loaders) == 3 and set(seen[1].dls.loaders[3].dataset.items.lesion).isdisjoint(seen[0].dls.train.dataset.items.lesion)
 
-@pytest.mark.parametrize('kwargs,says', [(dict(path=Path('nowhere')), "--path is nowhere: path='nowhere' is no folder"), (dict(test=Path('nowhere')), '--test is nowhere'), (dict(opt='rmsprop'), '--opt is rmsprop'),
+@pytest.mark.parametrize('kwargs,says', [(dict(path=Path('nowhere')), "--path nowhere: path='nowhere' is no folder"), (dict(test=Path('nowhere')), "--test nowhere: path='nowhere' is no folder"), (dict(opt='rmsprop'), '--opt is rmsprop'),
     (dict(valid_per_class=50), 'valid_per_class=50 takes 50 items'), (dict(schemes='x'), "--schemes has 'x'"), (dict(arch='resnet17'), "arch='resnet17' is no network of torchvision")])
 def test_wrong_arguments_for_ham10000(ham, tmp_path, kwargs, says):
     assert says in call(l2rw_ham10000, **dict(path=ham, out=tmp_path/'out', dry_run=True) | small | kwargs)

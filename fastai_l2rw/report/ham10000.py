@@ -41,18 +41,26 @@ class _LiteBody(nn.Module):
         else: self.model = EfficientNet.from_name('efficientnet-lite0')
     def forward(self, x): return self.model.extract_features(x)
 
+def _library(arch):
+    "Where a network comes from."
+    if arch == 'efficientnet_lite0': return 'lite'
+    if arch in torchvision.models.list_models(torchvision.models): return 'torchvision'
+    try: import timm
+    except ImportError: raise ValueError(f'arch={arch!r} is no network of torchvision, and timm is not installed') from None
+    if not timm.is_model(arch): raise ValueError(f'arch={arch!r} is no network of torchvision or timm')
+    return 'timm'
+
 def image_body(
     arch:str, # 'efficientnet_lite0', or a name in torchvision or timm
     pretrained:bool=True, # With weights learned on ImageNet?
 )->tuple[nn.Module,tuple]: # The network without its head; mean and standard deviation that images are normalised by
     "The body of a network for images; raises `ValueError` for an unknown name."
-    if arch == 'efficientnet_lite0': return _LiteBody(pretrained),([0.5]*3, [0.5]*3)
-    if arch in torchvision.models.list_models(torchvision.models):
+    library = _library(arch)
+    if library == 'lite': return _LiteBody(pretrained),([0.5]*3, [0.5]*3)
+    if library == 'torchvision':
         model = torchvision.models.get_model(arch, weights='DEFAULT' if pretrained else None)
         return create_body(model, pretrained=pretrained, cut=model_meta.get(getattr(torchvision.models, arch), {}).get('cut')),imagenet_stats
-    try: import timm
-    except ImportError: timm = None
-    if timm is None or not timm.is_model(arch): raise ValueError(f'arch={arch!r} is no network of torchvision' + (', and timm is not installed' if timm is None else ' or timm'))
+    import timm
     model = timm.create_model(arch, pretrained=pretrained, num_classes=0)
     return TimmBody(model, pretrained),(model.default_cfg['mean'], model.default_cfg['std'])
 
@@ -75,9 +83,10 @@ def _rows(path, test, seed, meta_per_class, valid_per_class, train_on_meta, unif
 
 @lru_cache(maxsize=2)
 def _test_rows(path, test):
-    "All rows of the challenge's test set."
+    "All rows of the challenge's test set, and whether they are scored."
     dls = ham10000_block(size=32, meta_per_class=1, valid_per_class=1).dataloaders(path, num_workers=0, device='cpu')
-    return isic2018_test_dl(dls, test).dataset.items.assign(part='test')
+    everything,scored = [isic2018_test_dl(dls, test, scored_only=o).dataset.items for o in (False, True)]
+    return everything.assign(clean=everything.label, part='test', scored=everything.image.isin(scored.image))
 
 def _block(size, stats, augment=True):
     block = ham10000_block(size=size, batch_tfms=[*(lesion_tfms() if augment else []), Normalize.from_stats(*stats)])
@@ -134,7 +143,7 @@ def train_ham10000(
     seed,final = cell['seed'],cell['stage'] == 'final'
     table = _rows(path, test, seed, *(cell[o] for o in ('meta_per_class', 'valid_per_class', 'train_on_meta')), **cell['data'])
     if not final: table = table[table.part != 'test']
-    elif test: table = pd.concat([table, _test_rows(path, test).query('weight > 0').assign(clean=lambda o: o.label)], ignore_index=True)
+    elif test: table = pd.concat([table, _test_rows(path, test).query('scored')], ignore_index=True)
     table = train_rows(table, cell['how'])
     everything = _test_rows(path, test) if final and test else table[:0]
     set_seed(seed)
@@ -147,7 +156,7 @@ def train_ham10000(
         if not len(everything) or rank_distrib(): return
         folder = Path(out)/'submissions'
         folder.mkdir(exist_ok=True)
-        with learn.no_bar(): submission(learn, dls.test_dl(everything, with_labels=True), folder/f"{cell['setting']}_{cell['scheme']}_{seed}.csv".replace(' ', '_'))
+        with learn.no_bar(): submission(learn, dls.test_dl(everything, with_labels=True), folder/f"{cell['setting']}_{cell['scheme']}_seed{seed}.csv".replace(' ', '_'))
     return train_variant(cell['how'], dls, table, make_learner, partial(fit_schedule, epochs=cell['epochs'], lr=cell['lr'], schedule=cell['schedule']),
         seed, cell['every'], cell['precision'], submit)
 
@@ -228,10 +237,11 @@ def l2rw_ham10000(
     grid = make_grid(ham10000_settings(), _search_on, settings, schemes, seeds, lrs, base_lr, search_seeds, options)
     path,test = str(path.expanduser()),test and str(test.expanduser())
     try:
+        _library(arch)
         table = _rows(path, test, 0, meta_per_class, valid_per_class, False)
-        if frozen and not dry_run: images = [*_examine(path)[0].path, *(_test_rows(path, test).path if test else [])]
-    except (OSError, ValueError) as e: raise SystemExit(f'--path is {path}' + f', --test is {test}'*bool(test) + f': {e}') from None
-    if frozen and not dry_run: frozen_features(images, _features_file(out, arch, size), arch, size, not scratch, bs, device, num_workers)
+        test_images = _test_rows(path, test).path if test else []
+    except (OSError, ValueError) as e: raise SystemExit(f'--path {path}' + f' --test {test}'*bool(test) + f': {e}') from None
+    if frozen and not dry_run: frozen_features([*_examine(path)[0].path, *test_images], _features_file(out, arch, size), arch, size, not scratch, bs, device, num_workers)
     train = partial(train_ham10000, path=path, out=str(out), test=test, device=device, num_workers=num_workers)
     title = f"HAM10000: {arch}{' (random weights)'*scratch}, {'frozen' if frozen else 'fine-tuned'}, {epochs} epochs, {meta_per_class} trusted images per kind, tested on {options['test']}"
     raise SystemExit(run_grid(grid, train, out, report=partial(ham10000_report, title=title, table=table), jobs=jobs, dry_run=dry_run))
