@@ -437,6 +437,7 @@ def run_grid(
     search = grid.search_cells()
     final = grid.final_cells(grid.chosen(results))
     done = [sum(o in results for o in cells) for cells in (search, final)]
+    if num_distrib() > 1 and jobs > 1: raise SystemExit(f'--jobs is {jobs}, but must be 1 where several processes train one model')
     settings = [name for o in grid.families.values() for name in o]
     say(f'{len(settings)} settings: {"; ".join(settings)}\n{len(grid.schemes)} schemes: {"; ".join(grid.schemes)}\nseeds: {listed(grid.seeds, 20)}\n'
         f'search for the learning rate among {listed(map("{:.3g}".format, grid.lrs), 20)}: {len(search)} cells, {done[0]} of them done\n'
@@ -510,13 +511,12 @@ def make_grid(
     settings:str, # Names of families and settings, with commas between them; all if empty
     schemes:str, # Names in `variants`, with commas between them; `default_schemes` if empty
     seeds:int, # Number of seeds
-    lrs:str, # Learning rates, with commas between them; 1/3, 1 and 3 times `base_lr` if empty
-    base_lr:float, # Learning rate
+    lrs:str, # Learning rates, with commas between them
     search_seeds:int, # Number of seeds of the search
     options:dict, # What all cells have in common
 )->Grid: # The grid
     "The grid of a command; raises `SystemExit` for what makes none."
-    try: lrs = [float(o) for o in lrs.split(',')] if lrs else [float(f'{base_lr*o:.1g}') for o in (1/3, 1, 3)]
+    try: lrs = [float(o) for o in lrs.split(',')]
     except ValueError: raise SystemExit(f'--lrs is {lrs}, but must be numbers with commas between them, such as 0.001,0.003') from None
     if min(lrs) <= 0: raise SystemExit(f'--lrs has {min(lrs)}, but learning rates must be above 0')
     names = [o.strip() for o in schemes.split(',') if o.strip()] or list(default_schemes)

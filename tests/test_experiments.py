@@ -176,7 +176,7 @@ def test_grids_that_make_no_sense(kwargs, says):
 @pytest.mark.parametrize('kwargs,says', [(dict(lrs='0.1,x'), '--lrs is 0.1,x, but must be numbers'), (dict(lrs='0'), '--lrs has 0.0'), (dict(schemes='magic'), "--schemes has 'magic'"),
     (dict(settings='magic'), "--settings has 'magic', but must be of 'dominance', 'noise', 'dominance 0.5'")])
 def test_wrong_options(kwargs, says):
-    with pytest.raises(SystemExit, match=says): make_grid(families, search_on, **dict(settings='', schemes='', seeds=1, lrs='', base_lr=0.1, search_seeds=1, options={}) | kwargs)
+    with pytest.raises(SystemExit, match=says): make_grid(families, search_on, **dict(settings='', schemes='', seeds=1, lrs='0.1', search_seeds=1, options={}) | kwargs)
 
 # --- several processes
 

@@ -108,7 +108,7 @@ def frozen_features(
     kept = torch.load(file, weights_only=True) if file.exists() else {}
     new = [o for o in dict.fromkeys(map(str, paths)) if o not in kept]
     if not new: return kept
-    set_seed(0)
+    set_seed(0) # for bodies with random weights
     body,stats = image_body(arch, pretrained)
     body = body.to(device).eval()
     table = pd.DataFrame(dict(path=new, label='', part='valid'))
@@ -117,7 +117,7 @@ def frozen_features(
     features = torch.cat([_features(body, x.as_subclass(torch.Tensor)).float().cpu() for x,_ in progress_bar(dl)])
     kept |= {o: f.clone() for o,f in zip(new, features)}
     file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(kept, partial_file := file.with_suffix('.part'))
+    torch.save(kept, partial_file := file.with_suffix(f'.{os.getpid()}'))
     os.replace(partial_file, file)
     return kept
 
@@ -161,11 +161,11 @@ def train_ham10000(
         seed, cell['every'], cell['precision'], submit)
 
 def _frozen(cell, table, everything, out, device, num_workers):
-    "Loaders of standardised features, and a small head."
+    "Loaders of features, centred and on a common scale, and a small head."
     features = _kept(_features_file(out, cell['arch'], cell['size']))
     train = torch.stack([features[str(o)] for o in table.path[table.part == 'train']])
-    mean,std = train.mean(0),train.std(0).clamp(min=1e-6)
-    inputs = {str(o): (features[str(o)] - mean)/std for o in {*table.path, *everything.path}}
+    mean,scale = train.mean(0),train.std(0).square().mean().sqrt() # one scale for all, since features that hardly vary are mostly noise
+    inputs = {str(o): (features[str(o)] - mean)/scale for o in {*table.path, *everything.path}}
     dls = kept_dls(table, inputs, cell['bs'], device=device, more=everything.path)
     n = len(mean)
     return dls,lambda: nn.Sequential(nn.Linear(n, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, len(dls.vocab)))
@@ -209,7 +209,7 @@ def l2rw_ham10000(
     scratch:store_true=False, # Begin with random weights instead of those learned on ImageNet?
     size:int=224, # Images are cut to this height and width
     epochs:int=None, # Number of epochs; default: 8, or 30 with --frozen
-    lrs:str='', # Learning rates that each scheme may try, with commas between them; default: 1/3, 1 and 3 times 0.002, or 0.003 with --frozen. One: no search
+    lrs:str='', # Learning rates that each scheme may try, with commas between them; default: 0.0007, 0.002 and 0.006, or 0.0003, 0.001, 0.003 and 0.01 with --frozen. One: no search
     search_seeds:int=None, # Number of seeds of the search; default: 1, or 3 with --frozen
     opt:str=None, # sgd (with momentum 0.9) or adam; default: adam, or sgd with --frozen
     schedule:str=None, # Learning rate: constant, cosine, one-cycle or fine-tune; default: fine-tune, or constant with --frozen
@@ -228,13 +228,13 @@ def l2rw_ham10000(
     "Compare schemes on HAM10000 with right and with wrong labels; writes results, tables, figures and, for the challenge's test set, submissions."
     if quick: frozen,arch,size,epochs,schemes,seeds,lrs = True,'efficientnet_lite0',96,15,schemes or 'unweighted,weighted sampler,reweighted',2,lrs or '0.003'
     frozen,scratch = bool(frozen),bool(scratch)
-    epochs,base_lr,search_seeds,opt,schedule = (given or default for given,default in zip((epochs, None, search_seeds, opt, schedule),
-        (30, 0.003, 3, 'sgd', 'constant') if frozen else (8, 0.002, 1, 'adam', 'fine-tune')))
+    epochs,lrs,search_seeds,opt,schedule = (default if given in (None, '') else given for given,default in zip((epochs, lrs, search_seeds, opt, schedule),
+        (30, '0.0003,0.001,0.003,0.01', 3, 'sgd', 'constant') if frozen else (8, '0.0007,0.002,0.006', 1, 'adam', 'fine-tune')))
     check_options(opt=(opt, ('sgd', 'adam')), schedule=(schedule, schedules), precision=(precision, ('fp32', 'fp16', 'bf16')))
     check_counts(seeds=seeds, epochs=epochs, search_seeds=search_seeds, bs=bs, size=size, meta_per_class=meta_per_class, valid_per_class=valid_per_class, every=every, jobs=jobs)
     options = dict(arch=arch, frozen=frozen, pretrained=not scratch, size=size, epochs=epochs, opt=opt, schedule=schedule, bs=bs, meta_per_class=meta_per_class,
         valid_per_class=valid_per_class, train_on_meta=bool(train_on_meta), every=every, precision=precision, test='ISIC 2018' if test else 'held-out lesions')
-    grid = make_grid(ham10000_settings(), _search_on, settings, schemes, seeds, lrs, base_lr, search_seeds, options)
+    grid = make_grid(ham10000_settings(), _search_on, settings, schemes, seeds, lrs, search_seeds, options)
     path,test = str(path.expanduser()),test and str(test.expanduser())
     try:
         _library(arch)
