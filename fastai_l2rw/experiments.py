@@ -461,8 +461,8 @@ def run_grid(
         except Exception: fail('the report', traceback.format_exc()) # no reason to end a run of hours
     with _alone(out) if first else nullcontext():
         if num_distrib() > 1:
-            from accelerate import PartialState
-            PartialState() # the processes get to know each other
+            from accelerate import Accelerator
+            Accelerator() # the processes get to know each other
         results.rows = _from_first(results.rows)
         try:
             for stage in ('search', 'final'):

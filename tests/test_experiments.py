@@ -235,6 +235,31 @@ def test_killed_runs_leave_nobody_behind_and_go_on(tmp_path, how):
     assert run_grid(grid, fake, tmp_path/'out') == 0 and read(tmp_path/'out')[:len(done)] == done
     check_complete(grid, tmp_path/'out')
 
+launched = '''
+import sys; sys.path.insert(0, {tests!r})
+import torch
+from fastai.distributed import DistributedDL
+from test_experiments import *
+def broadcast(self, t, rank):
+    t = torch.LongTensor(t)
+    torch.distributed.broadcast(t, rank)
+    return t.tolist()
+DistributedDL._broadcast = broadcast # fastai's own needs a GPU
+def train(cell): return train_digits(cell['scheme'], cell['seed'], lr=cell['lr'], bs=8)[0] # half of the batch each
+if __name__ == '__main__': sys.exit(run_grid(make_grid_of(seeds=[0]), train, {out!r}))
+'''
+
+def test_two_processes_train_each_cell_together(tmp_path):
+    "As `accelerate launch` starts them on GPUs: by torch.distributed.run. One of them writes."
+    pytest.importorskip('accelerate')
+    (tmp_path/'run.py').write_text(launched.format(tests=str(Path(__file__).parent), out=str(tmp_path/'out')))
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '0', '--standalone', str(tmp_path/'run.py')],
+        capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true'))
+    assert done.returncode == 0, done.stderr
+    rows = read(tmp_path/'out')
+    assert len(rows) == len({cell_key(o['cell']) for o in rows}) == n_search + 3*2 and done.stdout.count('left |') == len(rows)
+    assert {o['result']['n_steps'] for o in rows} == {train_digits('unweighted')[0]['n_steps']} # with half of each batch
+
 # --- one training
 
 def test_measures_are_scikit_learns():
@@ -252,8 +277,8 @@ def test_measures_are_scikit_learns():
     assert np.isclose(found['accuracy'], accuracy_score(y, p)) and found['recalls'][4] is None
     assert np.allclose(found['recalls'][:4], recall_score(y, p, labels=range(4), average=None)) and found['confusion'] == confusion.tolist()
 
-def train_digits(scheme, seed=0, epochs=2, lr=0.1, every=1, watch=None, **kwargs):
-    dls = make_dls()
+def train_digits(scheme, seed=0, epochs=2, lr=0.1, every=1, watch=None, bs=16, **kwargs):
+    dls = make_dls(bs=bs)
     table = pd.concat([pd.DataFrame(dict(label=[str(int(o[1])) for o in dl.dataset], part=p)) for dl,p in zip(dls.loaders, ('train', 'valid', 'meta'))], ignore_index=True)
     table['clean'] = table.label.where(np.arange(len(table)) % 5 > 0, '0')
     def make_learner(**parts):

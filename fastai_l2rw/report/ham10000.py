@@ -241,6 +241,9 @@ def l2rw_ham10000(
         table = _rows(path, test, 0, meta_per_class, valid_per_class, False)
         test_images = _test_rows(path, test).path if test else []
     except (OSError, ValueError) as e: raise SystemExit(f'--path {path}' + f' --test {test}'*bool(test) + f': {e}') from None
+    if not dry_run:
+        try: image_body(arch, not scratch) # downloads its weights, if there are any
+        except (OSError, ImportError) as e: raise SystemExit(f'--arch {arch}: {e}; the weights of efficientnet_lite0 come in a package, and --scratch does without') from None
     if frozen and not dry_run: frozen_features([*_examine(path)[0].path, *test_images], _features_file(out, arch, size), arch, size, not scratch, bs, device, num_workers)
     train = partial(train_ham10000, path=path, out=str(out), test=test, device=device, num_workers=num_workers)
     title = f"HAM10000: {arch}{' (random weights)'*scratch}, {'frozen' if frozen else 'fine-tuned'}, {epochs} epochs, {meta_per_class} trusted images per kind, tested on {options['test']}"
