@@ -31,7 +31,8 @@ setup(
     packages=find_packages(include=[cfg['lib_path'], f"{cfg['lib_path']}.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={'test': test, 'dev': test + cfg['dev_requirements'].split(), 'bench': cfg['bench_requirements'].split()},
+    extras_require={'test': test, 'dev': test + cfg['dev_requirements'].split(), 'bench': cfg['bench_requirements'].split(),
+        'lite': cfg['lite_requirements'].split()},
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),
         'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],

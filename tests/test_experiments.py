@@ -1,87 +1,364 @@
-"The demo: its data, its command, and what it leaves on disk."
-import subprocess, sys
-import numpy as np, pandas as pd, pytest
-from sklearn.datasets import load_digits
+"Grids of trainings: nothing is lost or repeated, whatever happens, and no scheme gets more than another."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from fastai.basics import Learner
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score
+from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
+from torch import nn
 
 from fastai_l2rw.experiments import *
+from fastai_l2rw.experiments import _seconds_left
 from fastai_l2rw import experiments
+from conftest import make_dls
 
-clean = load_digits().target
+families = dict(dominance={'dominance 0.5': dict(dominance=0.5), 'dominance 0.9': dict(dominance=0.9)}, noise={'uniform 0.4': dict(uniform=0.4)})
+search_on = dict(dominance=('dominance 0.9', dict(dominance=0.9)), noise=('uniform 0.4', dict(uniform=0.4)))
 
-@pytest.mark.parametrize('seed,dominance,noise,trusted,dominant', [(0, 0.4, 0.35, 3, 0), (1, 0.6, 0.1, 5, 7), (2, 0.2, 0., 1, 9)])
-def test_digits_data(seed, dominance, noise, trusted, dominant):
-    data = digits_data(seed, dominance, noise, trusted, dominant)
-    assert len(set(data.train) & set(data.test)) == len(set(data.trusted) & set(data.test)) == len(set(data.trusted) & set(data.train)) == 0
-    assert np.bincount(clean[data.trusted]).tolist() == [trusted]*10
-    counts = np.bincount(clean[data.train], minlength=10)
-    others = np.delete(counts, dominant)
-    assert len(set(others)) == 1 and abs(counts[dominant]/counts.sum() - dominance) < 0.02
-    assert data.wrong.sum() == round(noise*len(data.train)) and set(np.flatnonzero(data.wrong)) <= set(data.train)
-    assert ((data.labels != clean) == data.wrong).all(), 'a wrong label is never the right one by chance, and no other label changes'
+def make_grid_of(schemes=('unweighted', 'reweighted'), seeds=range(2), lrs=(0.1, 0.2), **options): return Grid(families, search_on, list(schemes), seeds, list(lrs), options)
+n_search,n_final = 2*2*2, 3*2*2
 
-def test_loaders_hold_what_they_say():
-    data = digits_data(0)
-    train,test,trusted = data.dataloaders().loaders
-    for dl,items in ((train, data.train), (test, data.test), (trusted, data.trusted)): assert list(dl.dataset.items) == items.tolist()
-    x,y = test.one_batch()
-    assert (y.numpy() == clean[data.test[:64]]).all() and np.allclose(x[:, 0]*16, load_digits().images[data.test[:64]])
+def fake(cell):
+    "Better on validation with 0.1 if unweighted, with 0.2 if reweighted; on the test set it is the other way round."
+    good = 0.1 if cell['scheme'] == 'unweighted' else 0.2
+    valid = 0.8 if cell['lr'] == good else 0.4
+    return dict(valid_balanced_accuracy=valid) | (dict(balanced_accuracy=1 - valid) if cell['stage'] == 'final' else {})
 
-def test_schemes_start_from_the_same_weights(monkeypatch):
-    starts = []
-    class Stop(Exception): pass
-    def fit(self, *args): starts.append([p.detach().clone() for p in self.model.parameters()]); raise Stop
-    monkeypatch.setattr(experiments.Learner, 'fit_one_cycle', fit)
-    for scheme in schemes:
-        with pytest.raises(Stop): train_scheme(digits_data(0), scheme, seed=5)
-    for other in starts[1:]:
-        for p,q in zip(starts[0], other): assert (p == q).all()
+def read(out): return [json.loads(o) for o in (Path(out)/'results.jsonl').read_text().splitlines()]
+def check_complete(grid, out):
+    "Each cell of the grid is in the file, once."
+    results = Results(out)
+    cells = grid.search_cells() + grid.final_cells(grid.chosen(results))
+    keys = [cell_key(o['cell']) for o in read(out)]
+    assert sorted(keys) == sorted(map(cell_key, cells)) and len(cells) == n_search + n_final
 
-def test_results_are_reproducible():
-    runs = [train_scheme(digits_data(0), 'reweighted', seed=1, epochs=2) for _ in range(2)]
-    for result,_ in runs: result.pop('seconds')
-    assert runs[0][0] == runs[1][0] and runs[0][1].equals(runs[1][1])
+# --- the file
 
-def test_group_weights():
-    data = digits_data(0)
-    items = np.arange(len(data.train))
-    wrong = data.wrong[data.train]
-    weights = pd.DataFrame(dict(weight=np.where(wrong, 0.5, 2.)), index=items)
-    groups = group_weights(data, weights)
-    assert groups['wrong labels'] == 0.5 and groups['right labels'] == 2
-    dominant = data.labels[data.train] == 0
-    assert groups['dominant class'] == np.where(wrong, 0.5, 2.)[dominant].mean() and groups['other classes'] == np.where(wrong, 0.5, 2.)[~dominant].mean()
+def test_a_file_that_ends_anywhere(tmp_path):
+    "A run may be killed after any byte: whole lines stay, the rest goes, and the next row is whole."
+    results = Results(tmp_path)
+    for i in range(3): results.add(dict(seed=i), dict(text='ü\n', x=[0.5]))
+    data = results.file.read_bytes()
+    for n in range(len(data) + 1):
+        results.file.write_bytes(data[:n])
+        results = Results(tmp_path)
+        assert len(results) == data[:n].count(b'\n')
+        results.add(dict(seed=9), dict(x=1))
+        assert [o['cell']['seed'] for o in read(tmp_path)] == [*range(len(results) - 1), 9]
 
-def test_results_table():
-    results = pd.DataFrame([dict(scheme=s, seed=i, balanced_accuracy=a, recall_0=a/2, seconds=10.*a) for s,i,a in
-        (('unweighted', 0, 0.2), ('unweighted', 1, 0.4), ('reweighted', 0, 0.5), ('reweighted', 1, 0.5))])
-    table = results_table(results, dominant=0)
-    assert list(table) == ['unweighted', 'reweighted'] and list(table.index) == ['balanced accuracy', 'recall of 0 (dominant)', 'seconds']
-    assert table.loc['balanced accuracy', 'unweighted'] == '30.0 ± 14.1' and table.loc['seconds', 'reweighted'] == '5.0 ± 0.0'
-    assert results_table(results[results.seed == 0], 0).loc['balanced accuracy', 'unweighted'] == '20.0'
+def test_reading_changes_nothing(tmp_path):
+    (tmp_path/'results.jsonl').write_text('{"cell": {}, "result": {}}\n{"cel')
+    Results(tmp_path)
+    assert (tmp_path/'results.jsonl').read_text().endswith('{"cel')
 
-def command(*args, cwd):
-    code = 'import sys; from fastai_l2rw.experiments import l2rw_demo; sys.argv[0] = "l2rw_demo"; l2rw_demo()'
-    script = cwd/'l2rw_demo'
-    script.write_text(f'#!{sys.executable}\n{code}\n')
-    return subprocess.run([sys.executable, str(script), *args], cwd=cwd, capture_output=True, text=True)
+def test_a_full_disk(tmp_path, monkeypatch):
+    results,write = Results(tmp_path),os.write
+    results.add(dict(seed=0), {})
+    monkeypatch.setattr(os, 'write', lambda fd, data: write(fd, data[:5]))
+    with pytest.raises(OSError, match='is the disk full'): results.add(dict(seed=1), {})
+    monkeypatch.undo()
+    assert dict(seed=1) not in results
+    results.add(dict(seed=1), {})
+    assert len(read(tmp_path)) == 2
 
-def test_command(tmp_path):
-    done = command('--seed', '4', '--seeds', '2', '--epochs', '1', '--out', 'a/b', cwd=tmp_path)
+@pytest.mark.parametrize('text', ['\n', 'x\n', '[1]\n', '{"cell": 1}\n{}\n'])
+def test_a_file_of_something_else(tmp_path, text):
+    (tmp_path/'results.jsonl').write_text(text)
+    with pytest.raises(ValueError, match=r"line \d of '.*results.jsonl' is no row of results"): Results(tmp_path)
+
+def test_cells_are_told_apart_by_all_their_fields(tmp_path):
+    a = make_grid_of().search_cells()
+    b = make_grid_of(epochs=3).search_cells()
+    assert len({cell_key(o) for o in a + b}) == 2*n_search
+    assert cell_key(dict(a=1, b=dict(c=2, d=3))) == cell_key(dict(b=dict(d=3, c=2), a=1))
+
+# --- running
+
+def test_a_grid(tmp_path, capsys):
+    grid = make_grid_of()
+    assert run_grid(grid, fake, tmp_path) == 0
+    check_complete(grid, tmp_path)
+    out = capsys.readouterr().out
+    assert 'search for the learning rate among 0.1, 0.2: 8 cells, 0 of them done\nfinal: 12 cells, 0 of them done' in out
+    assert '0 to do, 0:00:00 left | final: uniform 0.4, reweighted, seed 1, lr 0.2: 20.0 %' in out and 'all cells are finished' in out
+    df = pd.read_csv(tmp_path/'results.csv')
+    assert len(df) == 20 and json.loads(df.data[0]) == dict(dominance=0.9) and {'wall_seconds', 'lr', 'how'} <= set(df)
+
+def test_the_test_set_has_no_say(tmp_path):
+    "The learning rate with the best validation score is taken, which the fake makes the worst on the test set."
+    run_grid(make_grid_of(), fake, tmp_path)
+    rows = [o for o in read(tmp_path) if o['cell']['stage'] == 'final']
+    assert {(o['cell']['scheme'], o['cell']['lr']) for o in rows} == {('unweighted', 0.1), ('reweighted', 0.2)}
+    search = [o for o in read(tmp_path) if o['cell']['stage'] == 'search']
+    assert {o['cell']['seed'] for o in search}.isdisjoint(o['cell']['seed'] for o in rows)
+    budget = pd.DataFrame([o['cell'] for o in search]).groupby(['family', 'scheme']).lr.apply(sorted)
+    assert all(o == [0.1, 0.2] for o in budget)
+
+@pytest.mark.parametrize('after', range(0, n_search + n_final, 3))
+def test_interrupted_runs_go_on(tmp_path, after):
+    grid,calls = make_grid_of(),[]
+    def train(cell):
+        calls.append(cell_key(cell))
+        if len(calls) == after + 1: raise KeyboardInterrupt
+        return fake(cell)
+    with pytest.raises(KeyboardInterrupt): run_grid(grid, train, tmp_path)
+    if after: assert len(pd.read_csv(tmp_path/'results.csv')) == after # the tables are there
+    assert run_grid(grid, train, tmp_path) == 0
+    assert len(calls) == n_search + n_final + 1 and calls[after] == calls[after + 1]
+    check_complete(grid, tmp_path)
+    run_grid(grid, train, tmp_path)
+    assert len(calls) == n_search + n_final + 1
+
+def test_other_settings_are_added(tmp_path):
+    run_grid(make_grid_of(), fake, tmp_path)
+    before = (tmp_path/'results.jsonl').read_bytes()
+    assert run_grid(make_grid_of(seeds=range(3), schemes=('unweighted', 'reweighted', 'focal')), fake, tmp_path) == 0
+    after = (tmp_path/'results.jsonl').read_bytes()
+    assert after.startswith(before) and len(after.splitlines()) == 20 + 4 + 6 + 9 # the search and all seeds of one more scheme, one more seed of two
+
+def test_a_failing_cell(tmp_path, capsys):
+    grid,broken = make_grid_of(),[True]
+    def train(cell):
+        if broken[0] and cell['stage'] == 'final' and (cell['setting'], cell['scheme'], cell['seed']) == ('dominance 0.9', 'reweighted', 1): raise RuntimeError('no luck')
+        return fake(cell)
+    assert run_grid(grid, train, tmp_path) == 1
+    out = capsys.readouterr().out
+    assert 'FAILED final: dominance 0.9, reweighted, seed 1, lr 0.2: RuntimeError: no luck' in out and '1 failed; run the same command again' in out
+    assert 'Traceback' not in out and 'Traceback' in (tmp_path/'errors.log').read_text()
+    assert len(read(tmp_path)) == 19
+    broken[0] = False
+    assert run_grid(grid, train, tmp_path) == 0
+    check_complete(grid, tmp_path)
+
+def test_a_failing_search_stops_its_scheme_only(tmp_path, capsys):
+    def train(cell):
+        if cell['stage'] == 'search' and cell['scheme'] == 'reweighted' and cell['lr'] == 0.1 and cell['family'] == 'noise': raise RuntimeError('no luck')
+        return fake(cell)
+    assert run_grid(make_grid_of(), train, tmp_path) == 1
+    assert 'FAILED final: uniform 0.4, reweighted, seed 0: there is no learning rate, since its search is not finished' in capsys.readouterr().out
+    assert len(read(tmp_path)) == 20 - 1 - 2
+
+def test_a_failing_report(tmp_path, capsys):
+    def report(search, final, folder): raise ZeroDivisionError('oh')
+    assert run_grid(make_grid_of(), fake, tmp_path, report=report) == 1
+    assert 'FAILED the report: ZeroDivisionError: oh' in capsys.readouterr().out and len(read(tmp_path)) == 20
+
+def test_the_report_has_the_grids_cells_only(tmp_path):
+    seen = []
+    def report(search, final, folder): seen.append((len(search), len(final), folder))
+    run_grid(make_grid_of(epochs=1), fake, tmp_path, report=report)
+    run_grid(make_grid_of(epochs=2, seeds=[5]), fake, tmp_path, report=report)
+    assert seen == [(8, 12, tmp_path), (8, 6, tmp_path)]
+
+def test_dry_run(tmp_path, capsys):
+    def train(cell): raise AssertionError
+    assert run_grid(make_grid_of(), train, tmp_path/'new', dry_run=True) == 0
+    out = capsys.readouterr().out
+    assert 'to do: 20 cells, time: unknown' in out and '  final: dominance 0.5, reweighted, seed 1\n' in out and not (tmp_path/'new').exists()
+    run_grid(make_grid_of(seeds=[0]), fake, tmp_path/'new')
+    capsys.readouterr()
+    run_grid(make_grid_of(), train, tmp_path/'new', dry_run=True)
+    assert 'to do: 6 cells, time: 0:00:00\n  final: dominance 0.5, unweighted, seed 1, lr 0.1\n' in capsys.readouterr().out
+
+def test_remaining_time():
+    rows = [dict(cell=dict(scheme=s), result=dict(wall_seconds=t)) for s,t in (('a', 10.), ('a', 20.), ('b', 60.))]
+    assert _seconds_left(rows, [dict(scheme='a')]*2 + [dict(scheme='b')], 1) == 90 and _seconds_left(rows, [dict(scheme='c')], 2) == 15
+
+def test_no_search_without_a_choice(tmp_path):
+    assert run_grid(make_grid_of(lrs=[0.3]), fake, tmp_path) == 0
+    assert [o['cell']['stage'] for o in read(tmp_path)] == ['final']*12 and {o['cell']['lr'] for o in read(tmp_path)} == {0.3}
+
+@pytest.mark.parametrize('kwargs,says', [(dict(schemes=['magic']), "schemes has 'magic', but must be of 'unweighted'"), (dict(seeds=[1000]), 'seeds has 1000, which the search has'),
+    (dict(lrs=[]), 'lrs is empty'), (dict(seeds=[]), 'seeds is empty')])
+def test_grids_that_make_no_sense(kwargs, says):
+    with pytest.raises(ValueError, match=says): make_grid_of(**kwargs)
+
+@pytest.mark.parametrize('kwargs,says', [(dict(lrs='0.1,x'), '--lrs is 0.1,x, but must be numbers'), (dict(lrs='0'), '--lrs has 0.0'), (dict(schemes='magic'), "--schemes has 'magic'"),
+    (dict(settings='magic'), "--settings has 'magic', but must be of 'dominance', 'noise', 'dominance 0.5'")])
+def test_wrong_options(kwargs, says):
+    with pytest.raises(SystemExit, match=says): make_grid(families, search_on, **dict(settings='', schemes='', seeds=1, lrs='0.1', search_seeds=1, options={}) | kwargs)
+
+# --- several processes
+
+def slow(cell):
+    "Leaves its process id, and does what its seed says."
+    if 'pids' in cell: (Path(cell['pids'])/str(os.getpid())).touch()
+    if cell['seed'] == 13: os.kill(os.getpid(), signal.SIGKILL)
+    if cell['seed'] == 14: raise RuntimeError('no luck')
+    time.sleep(cell.get('seconds', 0))
+    return fake(cell) | dict(threads=torch.get_num_threads())
+
+def test_processes_and_their_deaths(tmp_path):
+    "A process that is killed takes no other cell with it."
+    cells = [dict(stage='final', scheme='unweighted', lr=0.1, seed=o, pids=str(tmp_path)) for o in (0, 13, 1, 14, 2)]
+    found = {cell_key(cell): (result, error) for cell,result,error in run_cells(slow, cells, jobs=2)}
+    assert len(found) == len(cells)
+    for cell in cells:
+        result,error = found[cell_key(cell)]
+        if   cell['seed'] == 13: assert result is None and 'its process ended with exit code -9' in error
+        elif cell['seed'] == 14: assert result is None and 'RuntimeError: no luck' in error
+        else: assert error is None and result['threads'] == 1
+    assert not any(alive(int(o.name)) for o in tmp_path.iterdir())
+
+def alive(pid):
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    return 'Z' not in (Path(f'/proc/{pid}/stat').read_text().rsplit(')')[-1].split()[:1] if Path('/proc').exists() else '')
+
+script = '''
+import sys; sys.path.insert(0, {tests!r})
+from test_experiments import *
+if __name__ == '__main__': sys.exit(run_grid(make_grid_of(seconds=0.3, pids={pids!r}), slow, {out!r}, jobs=2))
+'''
+
+@pytest.mark.skipif(not Path('/proc').exists(), reason='looks for processes')
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT])
+def test_killed_runs_leave_nobody_behind_and_go_on(tmp_path, how):
+    (tmp_path/'pids').mkdir()
+    (tmp_path/'run.py').write_text(script.format(tests=str(Path(__file__).parent), pids=str(tmp_path/'pids'), out=str(tmp_path/'out')))
+    run = subprocess.Popen([sys.executable, tmp_path/'run.py'], stdout=subprocess.PIPE, text=True)
+    for line in run.stdout:
+        if 'to do' in line and 'left |' in line: break # a first cell is finished
+    if how == signal.SIGINT:
+        with pytest.raises(SystemExit): run_grid(make_grid_of(), fake, tmp_path/'out') # one run at a time
+    run.send_signal(how)
+    run.communicate(timeout=60)
+    assert run.returncode != 0
+    for _ in range(100):
+        pids = [int(o.name) for o in (tmp_path/'pids').iterdir()]
+        if not any(map(alive, pids)): break
+        time.sleep(0.1)
+    assert len(pids) == 2 and not any(map(alive, pids))
+    done = read(tmp_path/'out')
+    assert 1 <= len(done) < n_search + n_final
+    grid = make_grid_of(seconds=0.3, pids=str(tmp_path/'pids'))
+    assert run_grid(grid, fake, tmp_path/'out') == 0 and read(tmp_path/'out')[:len(done)] == done
+    check_complete(grid, tmp_path/'out')
+
+launched = '''
+import sys; sys.path.insert(0, {tests!r})
+import torch
+from fastai.distributed import DistributedDL
+from test_experiments import *
+def broadcast(self, t, rank):
+    t = torch.LongTensor(t)
+    torch.distributed.broadcast(t, rank)
+    return t.tolist()
+DistributedDL._broadcast = broadcast # fastai's own needs a GPU
+def train(cell): return train_digits(cell['scheme'], cell['seed'], lr=cell['lr'], bs=8)[0] # half of the batch each
+if __name__ == '__main__': sys.exit(run_grid(make_grid_of(seeds=[0]), train, {out!r}))
+'''
+
+def test_two_processes_train_each_cell_together(tmp_path):
+    "As `accelerate launch` starts them on GPUs: by torch.distributed.run. One of them writes."
+    pytest.importorskip('accelerate')
+    (tmp_path/'run.py').write_text(launched.format(tests=str(Path(__file__).parent), out=str(tmp_path/'out')))
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '0', '--standalone', str(tmp_path/'run.py')],
+        capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true'))
     assert done.returncode == 0, done.stderr
-    results = pd.read_csv(tmp_path/'a/b/results.csv')
-    assert list(zip(results.seed, results.scheme)) == [(s, o) for s in (4, 5) for o in schemes]
-    assert np.allclose(results.filter(like='recall_').mean(axis=1), results.balanced_accuracy)
-    assert (tmp_path/'a/b/demo.png').read_bytes()[:4] == b'\x89PNG' and 'figure: a/b/demo.png' in done.stdout
-    assert 'balanced accuracy' in done.stdout and '±' in done.stdout and '100.00%' in done.stdout
+    rows = read(tmp_path/'out')
+    assert len(rows) == len({cell_key(o['cell']) for o in rows}) == n_search + 3*2 and done.stdout.count('left |') == len(rows)
+    assert {o['result']['n_steps'] for o in rows} == {train_digits('unweighted')[0]['n_steps']} # with half of each batch
 
-@pytest.mark.parametrize('args,message', [(['--seeds', '0'], '--seeds is 0, but must be 1 or more'), (['--epochs', '-1'], '--epochs is -1'),
-    (['--dominance', '0.05'], "dominance=0.05 can't be reached"), (['--noise', '2'], 'noise=2.0 must be a share'), (['--trusted', '0'], 'trusted_per_class=0 must be'),
-    (['--dominance', '1'], 'dominance=1.0 must be a share'),
-    (['--out', 'l2rw_demo'], '--out is l2rw_demo, but must be a folder')])
-def test_wrong_arguments(args, message, tmp_path):
-    done = command(*args, cwd=tmp_path)
-    assert done.returncode == 1 and message in done.stderr and 'Traceback' not in done.stderr
+# --- one training
 
-def test_help(tmp_path):
-    done = command('--help', cwd=tmp_path)
-    assert done.returncode == 0 and all(o in done.stdout for o in ('--seed ', '--seeds', '--epochs', '--dominance', '--noise', '--trusted', '--out'))
+def test_measures_are_scikit_learns():
+    rng = np.random.default_rng(0)
+    y,p = rng.integers(0, 4, 200),rng.integers(0, 5, 200) # nothing is of the class 4, but some is taken for it
+    batches = [(torch.eye(5)[p[i:i + 64]], torch.tensor(y[i:i + 64])) for i in range(0, 200, 64)]
+    model = nn.Sequential(nn.Identity(), nn.Dropout()).train()
+    confusion = confusion_matrix(model, batches, 5)
+    assert model.training and (confusion == sklearn_confusion_matrix(y, p, labels=range(5))).all()
+    found = scores(confusion)
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert np.isclose(found['balanced_accuracy'], balanced_accuracy_score(y, p))
+    assert np.isclose(found['accuracy'], accuracy_score(y, p)) and found['recalls'][4] is None
+    assert np.allclose(found['recalls'][:4], recall_score(y, p, labels=range(4), average=None)) and found['confusion'] == confusion.tolist()
+
+def train_digits(scheme, seed=0, epochs=2, lr=0.1, every=1, watch=None, bs=16, **kwargs):
+    dls = make_dls(bs=bs)
+    table = pd.concat([pd.DataFrame(dict(label=[str(int(o[1])) for o in dl.dataset], part=p)) for dl,p in zip(dls.loaders, ('train', 'valid', 'meta'))], ignore_index=True)
+    table['clean'] = table.label.where(np.arange(len(table)) % 5 > 0, '0')
+    def make_learner(**parts):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 4))
+        learn = Learner(model=model, **parts)
+        if watch is not None: watch.append(learn)
+        return learn
+    def fit(learn):
+        if watch is not None: watch.append([p.detach().clone() for p in learn.model.parameters()])
+        fit_schedule(learn, epochs, lr, **kwargs)
+    return train_variant(variants[scheme], dls, table, make_learner, fit, seed, every),table
+
+@pytest.fixture(scope='module')
+def trained():
+    "All schemes on the same digits; more epochs than a warm-up has."
+    out = {}
+    for scheme in variants:
+        if not variants[scheme].get('alone'): out[scheme] = train_digits(scheme, epochs=6, watch=(watch := [])),watch
+    return out
+
+def test_all_schemes_have_the_same_start_and_steps(trained):
+    (first,_),(_,start) = trained['unweighted']
+    for scheme,((row,_),(_,other)) in trained.items():
+        assert all((p == q).all() for p,q in zip(start, other)), scheme
+        assert row['n_steps'] == first['n_steps'], scheme
+    assert first['n_steps'] == 6*(first['n_train']//16)
+
+def test_facts_about_weights(trained):
+    for scheme,((row,table),(learn,_)) in trained.items():
+        assert ('ess' in row) == (not is_static(variants[scheme])), scheme
+        if 'ess' not in row: continue
+        cb = next(o for o in learn.cbs if hasattr(o, 'item_weights'))
+        weights = cb.item_weights()
+        train = table[table.part == 'train'].iloc[weights.index]
+        wrong = (train.label != train.clean).to_numpy()
+        assert np.isclose(row['weight_wrong'], weights.weight[wrong].mean()) and np.isclose(row['weight_right'], weights.weight[~wrong].mean())
+        for c,w in row['weight_by_class'].items(): assert np.isclose(w, weights.weight[(train.label == c).to_numpy()].mean())
+        assert 1 <= row['ess'] <= 16 and 0 <= row['zero_share'] < 1
+        classes = [c for c in sorted(set(train.label)) if len({*wrong[train.label == c]}) == 2]
+        assert np.isclose(row['weight_wrong_alike'], np.mean([weights.weight[wrong & (train.label == c).to_numpy()].mean() for c in classes]))
+
+def test_trainings_are_reproducible():
+    a,b = [train_digits('reweighted')[0] for _ in range(2)]
+    for o in (a, b): o.pop('seconds')
+    assert a == b
+
+def test_a_training_that_diverges_is_scored():
+    for scheme in ('unweighted', 'reweighted'):
+        row,_ = train_digits(scheme, lr=1e12, epochs=3)
+        assert row['diverged'] and row['valid_balanced_accuracy'] <= 0.5
+        assert json.dumps(row)
+
+@pytest.mark.parametrize('schedule', schedules)
+def test_schedules(schedule):
+    row,_ = train_digits('unweighted', schedule=schedule, watch=(watch := []))
+    lrs = watch[0].recorder.lrs
+    assert {'constant': lambda: set(lrs) == {0.1}, 'cosine': lambda: lrs[0] == 0.1 > lrs[-1] and lrs == sorted(lrs, reverse=True),
+        'one-cycle': lambda: lrs[0] < max(lrs) > lrs[-1], 'fine-tune': lambda: row['n_steps'] == 3*(row['n_train']//16)}[schedule]()
+
+def test_unknown_schedules():
+    with pytest.raises(ValueError, match="schedule='exp' is unknown: use one of 'constant'"): train_digits('unweighted', schedule='exp')
+
+@pytest.mark.parametrize('every,epochs,expected', [(1, 3, [1, 2, 3]), (2, 5, [2, 4, 5]), (9, 2, [2])])
+def test_validations(every, epochs, expected, monkeypatch):
+    "Validated every few epochs and after the last one; the best of these epochs is remembered."
+    seen,original = [],experiments.confusion_matrix
+    def spy(model, dl, n):
+        seen.append(original(model, dl, n))
+        return seen[-1]
+    monkeypatch.setattr(experiments, 'confusion_matrix', spy)
+    row,_ = train_digits('unweighted', every=every, epochs=epochs, lr=0.3)
+    assert len(seen) == len(expected) + 1
+    found = [scores(o)['balanced_accuracy'] for o in seen[:-1]]
+    assert row['best_valid_balanced_accuracy'] == max(found) and row['best_epoch'] == expected[int(np.argmax(found))] and row['valid_balanced_accuracy'] == found[-1]
+
+def test_trusted_alone():
+    table = pd.DataFrame(dict(label=list('abcabcab'), part=['train']*5 + ['meta']*2 + ['valid']))
+    alone = train_rows(table, variants['trusted alone'])
+    assert alone.label.tolist() == list('cacacca') + ['b'] and (alone.part == 'train').sum() == 5
+    assert train_rows(table, variants['reweighted']) is table
+
+def test_select_settings():
+    assert select_settings(families, '') == families and list(select_settings(families, ' noise ,dominance 0.9')) == ['dominance', 'noise']

@@ -170,16 +170,26 @@ def BalancedSplitter(
 # %% ../../nbs/03_data.core.ipynb #fab9c62e
 def PartSplitter(
     col:str='part', # Column that says which part an item belongs to
-    parts:Sequence=('train', 'valid', 'meta'), # Values of the column, in the order of the loaders; the last may be missing
+    parts:Sequence=('train', 'valid', 'meta', 'test'), # Values of the column, in the order of the loaders; those after the second may be missing, from the end
 )->Callable: # A splitter for a `DataBlock` with a `DataFrame` of items
-    "Split by a column; the splitter raises `ValueError` for a value that is none of `parts`."
+    "Split by a column; the splitter raises `ValueError` for a value that is none of `parts`, and for a gap in the order of the loaders."
     def _inner(df):
         values = item_values(df, col, 'col')
         unknown = set(values) - set(parts)
         if unknown: raise ValueError(f'col={col!r} has the values {listed(_classes(unknown))}, but the parts are {listed(parts, 20)}')
         splits = [L(np.flatnonzero(values == o).tolist()) for o in parts]
-        return splits[:2] + [o for o in splits[2:] if len(o)]
+        while len(splits) > 2 and not splits[-1]: splits.pop()
+        gaps = [name for name,o in zip(parts[2:], splits[2:]) if not o]
+        if gaps: raise ValueError(f'col={col!r} has no {listed(gaps)}, but {parts[len(splits) - 1]}, which would be taken for it')
+        return splits
     return _inner
+
+# %% ../../nbs/03_data.core.ipynb #a20eabf1
+def with_meta_in_train(
+    df:pd.DataFrame, # A row per item, with its `part`
+)->pd.DataFrame: # The same, with a copy of each row of 'meta' in 'train'
+    "Put copies of the trusted items into the training part."
+    return pd.concat([df, df[df.part == 'meta'].assign(part='train')], ignore_index=True)
 
 # %% ../../nbs/03_data.core.ipynb #cd674a35
 def _labels_of(ds):

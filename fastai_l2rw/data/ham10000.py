@@ -22,7 +22,7 @@ from fastcore.meta import delegates
 from PIL import Image
 
 from .core import *
-from .core import listed
+from .core import listed, with_meta_in_train
 from .folders import *
 from .folders import files_below, image_files, only_usable, raise_problems, read_table, save_usable
 
@@ -54,7 +54,7 @@ def _rows(path, by_lesion):
     "The rows of the table of a folder, in either layout: image, lesion, label, and what else there is; and the table's name."
     file = _find_table(path, 'HAM10000_metadata')
     if file:
-        df = read_table(file, ['image_id', 'dx'] + ['lesion_id']*by_lesion).drop(columns=['path', 'label', 'part', 'image', 'lesion'], errors='ignore')
+        df = read_table(file, ['image_id', 'dx'] + ['lesion_id']*by_lesion).drop(columns=['path', 'label', 'clean', 'part', 'image', 'lesion'], errors='ignore')
         df = df.rename(columns=dict(image_id='image', lesion_id='lesion', dx='label'))
         return df.assign(image=_image_id(df.image), label=df.label.str.lower(), **({} if 'lesion' in df else dict(lesion=np.nan))),file.name
     file = _find_table(path, 'ISIC2018_Task3_Training_GroundTruth')
@@ -124,24 +124,38 @@ def ham10000_table(
     path:str|Path, # Folder of HAM10000, in Kaggle's layout or the challenge's
     *,
     meta_per_class:int=3, # Number of trusted images of each kind; 0 for none
+    train_on_meta:bool=False, # Put a copy of each trusted image, with its right label, into the training part as well?
     valid_per_class:int=15, # Number of validation images of each kind
+    test_share:float=0., # Share of each kind's lesions to hold out as a test part, the same for all seeds
+    noise:float|dict|None=None, # Share of training labels to flip uniformly, or arguments of `label_noise`
     by_lesion:bool=True, # Keep all images of a lesion in the same part?
     usable:str|Path|None=None, # List of the images to use, as `verify` writes it; default: all
     seed:int=0, # Seed of all draws
-)->pd.DataFrame: # `path`, `label`, `part` ('train', 'valid' or 'meta'), `image`, `lesion`, and what else the table has
+)->pd.DataFrame: # `path`; `label` to train with; `clean`, the right label; `part`: 'train', 'valid', 'meta' or 'test'; `image`, `lesion`, and what else the table has
     "Decide for each image of HAM10000 what it is used for; raises `ValueError` for a folder with problems or a split that can't be made."
     path = Path(path).expanduser()
     df,problems,_ = _examine(path, usable, by_lesion)
     raise_problems(problems, path)
     df = df.sort_values('image', ignore_index=True)
     groups = 'lesion' if by_lesion else None
+    test = _test_part(df, test_share, 'lesion' if by_lesion else 'image')
     splitter = BalancedSplitter(valid_per_class, 'label', groups=groups, seed=seed)
     if meta_per_class != 0: splitter = MetaSplitter(splitter, meta_per_class, 'label', groups=groups, seed=seed)
-    part = np.full(len(df), '', dtype=object)
-    for name,o in zip(('train', 'valid', 'meta'), splitter(df)): part[list(o)] = name
-    df.insert(0, 'part', part)
-    for col in ('label', 'path'): df.insert(0, col, df.pop(col))
+    rest,part = np.flatnonzero(~test),np.where(test, 'test', '').astype(object)
+    for name,o in zip(('train', 'valid', 'meta'), splitter(df.iloc[rest].reset_index(drop=True))): part[rest[list(o)]] = name
+    label = df.label.to_numpy()
+    if noise is not None: label,_ = label_noise(label, among=np.flatnonzero(part == 'train'), seed=seed, **(noise if isinstance(noise, dict) else dict(uniform=noise)))
+    df = df.assign(clean=df.label, label=label, part=part)
+    df = df[['path', 'label', 'clean', 'part', *df.columns.drop(['path', 'label', 'clean', 'part'])]]
+    if train_on_meta: df = with_meta_in_train(df)
     return df[df.part != ''].reset_index(drop=True)
+
+def _test_part(df, share, group):
+    "A mask of all images of a share of each kind's lesions."
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1: raise ValueError(f'test_share={share!r} must be a share, from 0 to less than 1')
+    rng = np.random.default_rng(0)
+    lesions = df.groupby('label')[group].unique()
+    return df[group].isin([o for kind in lesions for o in rng.permutation(kind)[:round(share*len(kind))]]).to_numpy()
 
 # %% ../../nbs/05_data.ham10000.ipynb #77748750
 class CropResize(RandTransform):
