@@ -117,7 +117,7 @@ class MetaReweightCallback(Callback):
         on_zero:str='skip', # If no example of a batch helps: learn nothing from it ('skip') or weigh all alike ('uniform')
         relative:bool=False, # Divide each alignment by the length of the gradient of the example's loss at the model's output?
         smooth:float=0., # Average each item's alignments over its visits in a fit, each counting `smooth` times as much as the next; below 1
-        mix:float=0., # Share of the weight that goes to all examples alike, from 0 to 1
+        margin:float=0., # How far against the trusted examples an example may pull before its weight is zero, in units of the batch's mean absolute alignment
         record:bool=True, # Keep the weight of each item in each step, for `item_weights`?
     ):
         if isinstance(meta_dl, DataLoaders): raise TypeError('meta_dl is a DataLoaders, but must be one loader: take one of its loaders, such as meta_dl.train')
@@ -131,8 +131,8 @@ class MetaReweightCallback(Callback):
             if value not in allowed: raise ValueError(f"{name}={value!r} is unknown: use {' or '.join(map(repr, allowed))}")
         for name,value,least in (('every', every, 1), ('start', start, 0)):
             if not isinstance(value, int) or value < least: raise ValueError(f'{name}={value!r} must be a whole number, {least} or more')
-        for name,value,fits in (('smooth', smooth, 0 <= smooth < 1), ('mix', mix, 0 <= mix <= 1)):
-            if not fits: raise ValueError(f"{name}={value!r} must be from 0 to {'below ' if name == 'smooth' else ''}1")
+        if not 0 <= smooth < 1: raise ValueError(f'smooth={smooth!r} must be from 0 to below 1')
+        if not margin >= 0: raise ValueError(f'margin={margin!r} must be 0 or more')
         store_attr(but='meta_dl') # which also keeps what it stores a second time, in what is exported
         self.meta_dl,self._was_given = meta_dl,meta_dl is not None
         self._engine = 'forward' if engine == 'auto' else engine
@@ -229,9 +229,9 @@ class MetaReweightCallback(Callback):
     def _weights_from(self, u):
         "The weights of a batch with alignments `u`."
         if self.relative: u,self._norms = relative_alignments(u, self._norms),None
+        if self.smooth or self.margin: u = in_mean_units(u)
         if self.smooth: u = self._smoothed(u)
-        w = normalise(rectify(u))
-        return mix_uniform(w, self.mix) if self.mix else w
+        return normalise(rectify(u + self.margin))
 
     def _smoothed(self, u):
         "The mean alignments of the batch's items over their visits."

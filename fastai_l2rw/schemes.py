@@ -63,7 +63,7 @@ def weighted_sampler(
     labels = _class_labels(dls)
     counts = Counter(labels)
     sampled = copy(dls)
-    cls = TabWeightedDL if isinstance(dl, TabDataLoader) else getattr(dl, 'weighted_cls', WeightedDL)
+    cls = TabWeightedDL if isinstance(dl, TabDataLoader) else WeightedDL
     sampled.loaders = [dl.new(cls=cls, wgts=np.array([1/counts[o] for o in labels])), *dls.loaders[1:]]
     return sampled
 
@@ -153,7 +153,7 @@ class MetaWeightNetCallback(MetaReweightCallback):
 # %% ../nbs/01a_schemes.ipynb #14723580
 weighting_schemes = 'unweighted','weighted sampler','inverse frequency','effective number','focal','reweighted','robust','meta-weight-net'
 
-robust_options = dict(relative=True, smooth=0.9, mix=0.3) # of `MetaReweightCallback`
+robust_options = dict(relative=True, margin=1.) # of `MetaReweightCallback`
 
 def weighting_scheme(
     scheme:str, # One of `weighting_schemes`

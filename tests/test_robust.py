@@ -7,13 +7,12 @@ from torch import nn
 
 from conftest import Oracle, cnn, images, labels, make_dls, split, tensors, train
 from fastai_l2rw.all import MetaReweightCallback, weighted_sampler, weighting_scheme
-from fastai_l2rw.reweight import normalise, rectify
 
 cross_entropy = nn.CrossEntropyLoss(reduction='none')
 
 class ByHand:
     "Weights of each batch by a backward pass per example, and a list of visits per image."
-    def __init__(self, relative, smooth, mix): self.relative,self.smooth,self.mix,self.visits = relative,smooth,mix,{}
+    def __init__(self, relative, smooth, margin): self.relative,self.smooth,self.margin,self.visits = relative,smooth,margin,{}
 
     def __call__(self, model, loss_func, batch, meta_batch, params, step_size):
         model,(x,),(y,) = deepcopy(model),*batch
@@ -26,13 +25,15 @@ class ByHand:
         if self.relative:
             lengths = [torch.autograd.grad(l, out, retain_graph=True)[0].norm().item() for l in losses]
             u = [a/(b + 1e-3*sum(lengths)/len(lengths)) for a,b in zip(u, lengths)]
+        if self.smooth or self.margin:
+            size = sum(map(abs, u))/len(u)
+            u = [o/size for o in u]
         if self.smooth: u = self.averaged([o.numpy().tobytes() for o in x.cpu()], u)
-        w = normalise(rectify(torch.tensor(u)))
-        return (1 - self.mix)*w + self.mix/len(w)
+        w = [max(o + self.margin, 0) for o in u]
+        return torch.tensor([o/(sum(w) or 1) for o in w])
 
     def averaged(self, keys, u):
-        size = sum(map(abs, u))/len(u)
-        now = {k: [a/size for a,o in zip(u, keys) if o == k] for k in keys}
+        now = {k: [a for a,o in zip(u, keys) if o == k] for k in keys}
         for k,o in now.items(): self.visits.setdefault(k, []).append(sum(o)/len(o))
         def mean(visits):
             counts = [self.smooth**i for i in range(len(visits))][::-1]
@@ -41,16 +42,15 @@ class ByHand:
 
 @pytest.mark.parametrize('engine', ['forward', 'reverse'])
 @pytest.mark.parametrize('sampler', [False, True])
-@pytest.mark.parametrize('options', [dict(relative=True), dict(smooth=0.8), dict(mix=0.25), dict(relative=True, smooth=0.5, mix=0.3)])
+@pytest.mark.parametrize('options', [dict(relative=True), dict(smooth=0.8), dict(margin=0.5), dict(relative=True, smooth=0.5, margin=1.)])
 def test_weights_by_hand(options, sampler, engine, make_learner):
     dls = weighted_sampler(make_dls()) if sampler else make_dls()
-    by_hand = ByHand(**dict(relative=False, smooth=0., mix=0.) | options)
+    by_hand = ByHand(**dict(relative=False, smooth=0., margin=0.) | options)
     oracle = Oracle(cross_entropy, by_hand)
     learn = make_learner([MetaReweightCallback(engine=engine, **options), oracle], dls=dls, model=cnn(bn=False, p=0.), splitter=split)
     learn.fit(4, slice(1e-3, 1e-1))
     assert oracle.compared == 4*len(dls.train) and oracle.varied > oracle.compared/2
     if options.get('smooth'): assert max(map(len, by_hand.visits.values())) >= 4
-    if 'mix' in options: assert learn.meta_reweight.item_weights().zero.max() == 0
 
 def test_relative_with_several_outputs_and_targets(make_learner):
     "Pixel-wise losses, and a length that does not depend on the scale of the loss."
@@ -117,17 +117,17 @@ def test_what_cannot_be_smoothed(make_learner):
     with pytest.raises(ValueError, match='smooth=0.9 needs to know which items are in a batch, and the training loader, .*, does not tell'): learn.fit(1)
     for k,v in learn.model.state_dict().items(): torch.testing.assert_close(v, before[k], rtol=0, atol=0)
 
-@pytest.mark.parametrize('name,value,right', [('smooth', 1., 'from 0 to below 1'), ('smooth', -0.1, 'from 0 to below 1'), ('mix', 1.5, 'from 0 to 1')])
+@pytest.mark.parametrize('name,value,right', [('smooth', 1., 'from 0 to below 1'), ('smooth', -0.1, 'from 0 to below 1'), ('margin', -0.5, '0 or more')])
 def test_wrong_options(name, value, right):
     with pytest.raises(ValueError, match=f'{name}={value} must be {right}'): MetaReweightCallback(**{name: value})
 
 def test_mixed_batches_train(make_learner):
-    learn = make_learner([MetaReweightCallback(relative=True, smooth=0.9, mix=0.3), MixUp()])
+    learn = make_learner([MetaReweightCallback(relative=True, smooth=0.9, margin=1.), MixUp()])
     learn.fit(2)
     assert all(p.isfinite().all() for p in learn.model.parameters())
 
 def test_preset():
     dls = make_dls()
-    got = weighting_scheme('robust', dls, mix=0.1)
+    got = weighting_scheme('robust', dls, margin=0.5)
     cb, = got['cbs']
-    assert type(got['dls'].train).__name__ == 'WeightedDL' and (cb.relative, cb.smooth, cb.mix) == (True, 0.9, 0.1)
+    assert type(got['dls'].train).__name__ == 'WeightedDL' and (cb.relative, cb.smooth, cb.margin) == (True, 0., 0.5)
