@@ -8,7 +8,8 @@ from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 from torch import nn
 
 from fastai_l2rw.experiments import *
-from fastai_l2rw.experiments import _seconds_left
+from fastai_l2rw.grid import *
+from fastai_l2rw.grid import _seconds_left
 from fastai_l2rw import experiments
 from conftest import make_dls
 
