@@ -229,7 +229,7 @@ def test_killed_runs_leave_nobody_behind_and_go_on(tmp_path, how):
         pids = [int(o.name) for o in (tmp_path/'pids').iterdir()]
         if not any(map(alive, pids)): break
         time.sleep(0.1)
-    assert len(pids) == 2 and not any(map(alive, pids))
+    assert pids and not any(map(alive, pids)) # the second may not have begun when the first was done
     done = read(tmp_path/'out')
     assert 1 <= len(done) < n_search + n_final
     grid = make_grid_of(seconds=0.3, pids=str(tmp_path/'pids'))
