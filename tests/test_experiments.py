@@ -8,7 +8,8 @@ from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 from torch import nn
 
 from fastai_l2rw.experiments import *
-from fastai_l2rw.experiments import _seconds_left
+from fastai_l2rw.grid import *
+from fastai_l2rw.grid import _seconds_left
 from fastai_l2rw import experiments
 from conftest import make_dls
 
@@ -228,7 +229,7 @@ def test_killed_runs_leave_nobody_behind_and_go_on(tmp_path, how):
         pids = [int(o.name) for o in (tmp_path/'pids').iterdir()]
         if not any(map(alive, pids)): break
         time.sleep(0.1)
-    assert len(pids) == 2 and not any(map(alive, pids))
+    assert pids and not any(map(alive, pids)) # the second may not have begun when the first was done
     done = read(tmp_path/'out')
     assert 1 <= len(done) < n_search + n_final
     grid = make_grid_of(seconds=0.3, pids=str(tmp_path/'pids'))

@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 
 from fastai_l2rw.experiments import *
-from fastai_l2rw.experiments import default_schemes
+from fastai_l2rw.grid import *
 from fastai_l2rw.report import cifar10, ham10000
 from fastai_l2rw.report.cifar10 import *
 from fastai_l2rw.report.core import *
