@@ -35,10 +35,16 @@ variants = {o: dict(scheme=o) for o in weighting_schemes} | {
     'reweighted uniform on zero': dict(scheme='reweighted', kwargs=dict(on_zero='uniform')),
     'reweighted opt': dict(scheme='reweighted', kwargs=dict(lookahead='opt')),
     'reweighted warm-up': dict(scheme='reweighted', kwargs=dict(start=5)),
+    'reweighted relative': dict(scheme='reweighted', kwargs=dict(relative=True)),
+    'reweighted smooth': dict(scheme='reweighted', kwargs=dict(smooth=0.9)),
+    'reweighted margin': dict(scheme='reweighted', kwargs=dict(margin=1.)),
+    'robust not relative': dict(scheme='robust', kwargs=dict(relative=False)),
+    'robust smooth': dict(scheme='robust', kwargs=dict(smooth=0.9)),
+    'robust no margin': dict(scheme='robust', kwargs=dict(margin=0.)),
 } # by name: `scheme`; `kwargs` for `weighting_scheme`; `sampler`: draw the classes equally often; `alone`: train on nothing but the trusted items
 
 default_schemes = *weighting_schemes,'trusted alone'
-_learned = 'reweighted','meta-weight-net'
+_learned = 'reweighted','robust','meta-weight-net'
 
 def is_static(
     how:dict, # One of the values of `variants`
