@@ -76,7 +76,7 @@ def test_all_schemes_get_the_same(cifar, monkeypatch, kwargs):
         assert all((p == q).all() for p,q in zip(first.first_weights, learn.first_weights))
         assert rows[scheme]['n_steps'] == rows['unweighted']['n_steps'] > 0 and rows[scheme]['n_train'] == rows['unweighted']['n_train']
         for a,b in zip(first.dls.loaders[0 if scheme != 'trusted alone' else 1:], learn.dls.loaders[0 if scheme != 'trusted alone' else 1:]): assert items(a) == items(b), scheme
-        if scheme not in ('weighted sampler', 'trusted alone'): assert learn.dls.train._DataLoader__idxs == first.dls.train._DataLoader__idxs, scheme
+        if scheme not in ('weighted sampler', 'robust', 'trusted alone'): assert learn.dls.train._DataLoader__idxs == first.dls.train._DataLoader__idxs, scheme
     train,_,meta,test = map(items, first.dls.loaders)
     both = {o for o,_ in train} & {o for o,_ in meta}
     assert both == ({o for o,_ in meta} if kwargs else set())
