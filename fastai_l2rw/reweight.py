@@ -57,9 +57,9 @@ def derived_seed(
     return zlib.crc32(b''.join(g.get_state().numpy().tobytes() for g in _generators(torch.device(device))))
 
 # %% ../nbs/00_reweight.ipynb #a4c46ec0
-def _attributes(model):
+def _attributes(modules):
     "All attributes of all modules, and what is in them where they are containers (of parameters, buffers, hooks), for `_put_back`."
-    return [(m, vars(m).copy(), [(v, v.copy() if v else ()) for v in vars(m).values() if isinstance(v, (dict, list, set))]) for m in model.modules()]
+    return [(m, vars(m).copy(), [(v, v.copy() if v else ()) for v in vars(m).values() if isinstance(v, (dict, list, set))]) for m in modules]
 
 def _put_back(attributes):
     "Give every module the attributes that `_attributes` found."
@@ -70,10 +70,10 @@ def _put_back(attributes):
             if container: container.clear()
             if content: (container.extend if isinstance(container, list) else container.update)(content)
 
-def _copy_buffers(model):
-    "Let the model work on copies of its buffers; `_put_back` brings the originals back."
-    copies = {b: b.clone() for b in model.buffers()}
-    for m in model.modules(): m._buffers.update({k: copies[b] for k,b in m._buffers.items() if b is not None})
+def _copy_buffers(modules):
+    "Let the modules work on copies of their buffers; `_put_back` brings the originals back."
+    copies = {b: b.clone() for b in {b for m in modules for b in m._buffers.values() if b is not None}}
+    for m in modules: m._buffers.update({k: copies[b] for k,b in m._buffers.items() if b is not None})
 
 def _set_parameters(model, values):
     "Let the model work on other values of its parameters, by name, and on all others cut off from their history; likewise."
@@ -81,19 +81,19 @@ def _set_parameters(model, values):
     values = {p: values[k] if k in values else p.detach() for k,p in named.items()}
     for m in model.modules(): m._parameters.update({k: values[p] for k,p in m._parameters.items() if p is not None})
 
-def _unsync(model):
+def _unsync(modules):
     "Let batch norms that work across processes do so within theirs."
-    for m in model.modules():
+    for m in modules:
         if isinstance(m, nn.SyncBatchNorm): m.forward = partial(nn.modules.batchnorm._BatchNorm.forward, m)
 
 def _device(model): return next((t.device for t in model.parameters()), torch.device('cpu'))
 
 # %% ../nbs/00_reweight.ipynb #cd19d5ab
 @contextmanager
-def _plain_kernels(model):
+def _plain_kernels(modules):
     "Without the fused kernels that lack derivatives."
     fast_mha,mkldnn = torch.backends.mha.get_fastpath_enabled(),torch.backends.mkldnn.enabled
-    recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
+    recurrent = any(isinstance(m, nn.RNNBase) for m in modules)
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         if recurrent: torch.backends.mkldnn.enabled = False # mkldnn.flags() would set the TF32 flag too, which warns
@@ -109,11 +109,12 @@ def virtual_pass(
     seed:int|None=None, # Seed for its random layers; `None` goes on from where the caller's stream is
 ):
     "Let the body run `model`, and leave the model and the random streams as they were, also when the body fails."
-    attributes = _attributes(model)
+    modules = list(model.modules())
+    attributes = _attributes(modules)
     try:
-        _copy_buffers(model)
-        _unsync(model)
-        with forked_random(_device(model), seed), _plain_kernels(model), torch.autocast(_device(model).type, enabled=False): yield
+        _copy_buffers(modules)
+        _unsync(modules)
+        with forked_random(_device(model), seed), _plain_kernels(modules), torch.autocast(_device(model).type, enabled=False): yield
     finally: _put_back(attributes)
 
 # %% ../nbs/00_reweight.ipynb #c5e64831
