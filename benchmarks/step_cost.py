@@ -225,6 +225,7 @@ VARIANTS = { # what makes it, and by how many plain steps it is bounded from bel
     'reverse':         (ours(engine='reverse'), None),
     "lookahead='opt'": (ours(lookahead='opt'), lambda r: 2 + r),
     'every=4':         (ours(every=4), lambda r: 2 + r/4),
+    'skip_zeros':      (ours(skip_zeros=True), None), # 1 + f + m/n for a share f of positive weights
     'params=head':     (ours(params=head), None),
     'meta-weight-net': (ours(MetaWeightNetCallback), lambda r: 3 + r),
     'higher':          (by_hand(higher_step), None),

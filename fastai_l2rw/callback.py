@@ -13,7 +13,7 @@ from inspect import signature
 
 import pandas as pd, torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixHandler
 from fastai.callback.rnn import RNNCallback
@@ -95,14 +95,38 @@ def _not_finite_items(batch):
     bad = [~_finite(t).reshape(len(t), -1).all(1) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.numel()]
     return torch.stack(bad).any(0).nonzero().flatten().tolist() if bad else []
 
-# %% ../nbs/01_callback.ipynb #1b56e92f
+# %% ../nbs/01_callback.ipynb #49dac244
+def _coupling_layer(model):
+    "Name and type of a layer that lets the examples of a batch act on each other, or on running means, if there is one of PyTorch's."
+    for k,m in model.named_modules():
+        if isinstance(m, nn.modules.batchnorm._NormBase) and (m.training and m.running_mean is not None or m.running_mean is None and isinstance(m, nn.modules.batchnorm._BatchNorm)):
+            return f'{k}, a {type(m).__name__} in {"training" if m.training else "evaluation"} mode'
+
+def _rows(x, rows, n):
+    "Those rows of all tensors in `x` that have `n` of them."
+    return tree_map_only(Tensor, lambda t: t[rows] if t.ndim and len(t) == n else t, x)
+
+def _acts_on_others(model, xb):
+    "Does what `model` makes of an example depend on the others in its batch?"
+    n = find_bs(xb)
+    def outputs(xb, seed=0, training=True):
+        with virtual_pass(model, seed), torch.no_grad():
+            if not training: model.eval()
+            return [o for o in tree_leaves(model(*xb)) if isinstance(o, Tensor) and o.is_floating_point()]
+    def differ(a, b): return any(len(o) >= len(p) and (o[:len(p)] - p).abs().max() > 0.01*p.abs().max() for o,p in zip(a, b) if o.ndim and p.numel())
+    whole,half = outputs(xb),_rows(xb, slice(max(n//2, 1)), n)
+    if not differ(whole, outputs(half)): return False
+    if differ(whole, outputs(xb, 1)): return differ(outputs(xb, training=False), outputs(half, training=False)) # dropout, which draws other masks for fewer items
+    return True
+
+# %% ../nbs/01_callback.ipynb #f2e1ad4a
 class MetaReweightCallback(Callback):
     "Weigh each training example, in each step, by how much learning from it lowers the loss on trusted examples (Ren et al. 2018, Algorithm 1)."
     order,run_valid = Recorder.order+5,False # after the Recorder has named its columns, before others (60) read the names
     remove_on_fetch = True # as the Recorder, whose log it adds to
-    _stateattrs = ('meta_dl','_trusted','_meta_grad','_meta_batch','_example_weights','_epoch_stats','_epoch_means','_weight_log') # none of it is exported
+    _stateattrs = ('meta_dl','_trusted','_meta_grad','_meta_batch','_example_weights','_epoch_stats','_epoch_means','_weight_log','_whole','_noted') # none of it is exported
     _kept = None
-    meta_dl = _trusted = _meta_grad = _meta_batch = _example_weights = _epoch_stats = _epoch_means = None
+    meta_dl = _trusted = _meta_grad = _meta_batch = _example_weights = _epoch_stats = _epoch_means = _whole = _noted = None
     _weight_log = ()
 
     def __init__(self,
@@ -113,6 +137,7 @@ class MetaReweightCallback(Callback):
         lookahead:str='sgd', # Look ahead along a step of plain SGD ('sgd', as in the paper) or of the Learner's own optimizer ('opt')
         every:int=1, # Number of steps for which the gradient on a trusted batch is used
         start:int=0, # Number of epochs of plain training before the reweighting begins, in each fit
+        skip_zeros:bool=False, # Leave examples with weight zero out of the training pass, which changes its cost, not its result? Not for models in which examples act on each other
         on_zero:str='skip', # If no example of a batch helps: learn nothing from it ('skip') or weigh all alike ('uniform')
         record:bool=True, # Keep the weight of each item in each step, for `item_weights`?
     ):
@@ -167,6 +192,7 @@ class MetaReweightCallback(Callback):
 
     def _begin(self):
         self._groups = self._find_groups()
+        if self.skip_zeros: self._check_skippable()
         self._n_weighed,self._epoch_stats = 0,dict(meta_loss=[], zero_weights=[], ess=[])
         if self._trusted is not None: return self._trusted.begin(self.epoch)
         self._recall(self._memory())
@@ -181,10 +207,16 @@ class MetaReweightCallback(Callback):
             self._meta_batch = xb,yb = next(self._trusted)
             model = self._bare_model()
             with virtual_pass(model, derived_seed(self._device())), torch.no_grad(): self._trusted_losses(model(*xb), *yb)
+        if self.skip_zeros and _acts_on_others(model, xb): raise ValueError("skip_zeros=True can't be used with this model: what it makes of an example depends on the others in the batch")
+
+    def _check_skippable(self):
+        if layer := _coupling_layer(self._bare_model()): raise ValueError(f"skip_zeros=True can't be used with this model: in {layer}, the examples of a batch act on each other "
+            'or on running means, so those with weight zero count. Use a model without batch norm, or one whose batch norm is frozen (in evaluation mode).')
+        if any(isinstance(cb, RNNCallback) for cb in self.learn.cbs): raise ValueError("skip_zeros=True can't be used with RNNCallback, whose regularizer takes all examples of a batch into account")
 
     def _weigh_batch(self):
         "Compute the weights of the batch."
-        self._example_weights = None
+        self._example_weights = self._whole = self._noted = None
         if self.epoch < self.start: return
         with self._tidy():
             if self._trusted is None: self._begin() # a prediction in between has ended what it took for its own fit
@@ -193,6 +225,21 @@ class MetaReweightCallback(Callback):
         if self.on_zero == 'uniform': w = torch.where(w.sum() == 0, 1/len(w), w)
         if self.record and not self._searching(): self._weight_log.append((self.epoch, self._batch_items(len(w)), w*len(w)))
         self._example_weights = w
+        if self.skip_zeros: self._leave_out(w)
+
+    def _leave_out(self, w):
+        "Let the Learner's pass run on the examples with a positive weight only; on two at least, since some models fail on one."
+        n,rows = len(w),w.topk(min(max((w > 0).sum().item(), 2), len(w))).indices.sort()[0]
+        mixer = self._mixer()
+        self._whole = rows,self.xb,self.yb,mixer and (mixer.yb1, mixer.lam)
+        self.learn.xb,self.learn.yb = _rows(self.xb, rows, n),_rows(self.yb, rows, n)
+        if mixer: mixer.yb1,mixer.lam = _rows(mixer.yb1, rows, n),_rows(mixer.lam, rows, n)
+
+    def _take_back(self):
+        "Show the whole batch to the callbacks that come after the loss; what was predicted for it is known from the virtual pass."
+        _,self.learn.xb,self.learn.yb,mixed = self._whole
+        self.learn.pred,self._whole,self._noted = self._noted[0],None,None
+        if mixed: self._mixer().yb1,self._mixer().lam = mixed
 
     @contextmanager
     def _tidy(self):
@@ -217,8 +264,10 @@ class MetaReweightCallback(Callback):
         "Weigh the losses of the batch, which has been predicted by now."
         if self._example_weights is None: return
         losses = self._training_losses(self.pred, *self.yb)
-        self.learn.loss_grad = _scale(losses, self.loss_grad) * (self._example_weights * losses).sum()
+        w,scale = (self._example_weights,_scale(losses, self.loss_grad)) if self._whole is None else (self._example_weights[self._whole[0]],self._noted[1])
+        self.learn.loss_grad = scale * (w * losses).sum()
         self.learn.loss = self.loss_grad.clone()
+        if self._whole: self._take_back()
 
     def after_step(self):
         "Keep what a resumed fit needs where `learn.save` finds it: beside the optimizer's state of a parameter."
@@ -241,7 +290,7 @@ class MetaReweightCallback(Callback):
 
     def _let_go(self):
         "Drop the trusted batches and the tensors of the last step."
-        self._trusted = self._meta_batch = self._meta_grad = self._example_weights = self._epoch_stats = self._epoch_means = None
+        self._trusted = self._meta_batch = self._meta_grad = self._example_weights = self._epoch_stats = self._epoch_means = self._whole = self._noted = None
 
     def _searching(self): return hasattr(self.learn, 'lr_finder') # is this no real training?
 
@@ -314,7 +363,7 @@ class MetaReweightCallback(Callback):
 
     def _alignment(self, batch, direction, losses=None):
         "The alignments of the batch, by the engine that the model's operators allow."
-        losses = losses or self._training_losses
+        losses = losses or (self._noted_losses if self.skip_zeros else self._training_losses)
         try:
             with _naming(lambda: self._where(batch)): return alignment(self._bare_model(), losses, batch, direction, self._engine)
         except NoForwardDerivative as e:
@@ -352,6 +401,12 @@ class MetaReweightCallback(Callback):
         pred,mixer = self._output(pred),self._mixer()
         if mixer is None: return _item_losses(self.learn.loss_func, pred, *yb)
         return torch.lerp(_item_losses(mixer.old_lf, pred, *_plain(mixer.yb1)), _item_losses(mixer.old_lf, pred, *yb), _plain(mixer.lam))
+
+    def _noted_losses(self, pred, *yb):
+        "The losses of a training batch; keeps what would be missing if examples are left out: the predictions, and the scale of the loss function."
+        losses = self._training_losses(pred, *yb)
+        with torch.no_grad(): self._noted = tree_map_only(Tensor, torch.detach, pred),_scale(losses, self.learn.loss_func(pred, *yb))
+        return losses
 
     def _output(self, pred):
         "What the loss function is given: fastai's text models also return what their regularizer needs, which `RNNCallback` takes off."
