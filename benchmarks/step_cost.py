@@ -13,7 +13,7 @@ that is not installed is left out, with a line that says so. (For betty-ml, `pip
 betty-ml`: later versions of pip reject its metadata.) Without OMP_WAIT_POLICY, PyTorch's threads wait for each other
 by spinning, and on a computer with other work to do the figures are then a matter of chance.
 """
-import gc, json, logging, os, platform, random, resource, subprocess, sys, time, warnings
+import gc, json, logging, os, platform, random, re, resource, subprocess, sys, time, warnings
 from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle, islice
 from pathlib import Path
@@ -268,10 +268,16 @@ def peak_memory(name, variant, m_share, device):
     done = subprocess.run(command, capture_output=True, text=True)
     return float(done.stdout.split()[-1]) if done.returncode == 0 else None
 
+def resident():
+    "MiB that this process has had at most. (The figure that `resource` gives counts the process that started it, too, so it is for systems without /proc.)"
+    status = Path('/proc/self/status')
+    if status.exists(): return int(re.search(r'VmHWM:\s+(\d+)', status.read_text())[1])/2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
+
 def print_memory(name, variant, m_share, device):
     "Print this process's."
     cuda = torch.device(device).type == 'cuda'
-    highest = (lambda: torch.cuda.max_memory_allocated()/2**20) if cuda else (lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10)
+    highest = (lambda: torch.cuda.max_memory_allocated()/2**20) if cuda else resident
     before = highest()
     VARIANTS[variant][0](setting(name, None, m_share, device))(2)
     print(highest() - before)

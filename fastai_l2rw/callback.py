@@ -28,6 +28,7 @@ from fastcore.basics import store_attr
 
 from .lookahead import _bare, check_lookahead, virtual_step
 from .reweight import *
+from .reweight import _device, _generators
 from .trusted import TrustedBatches, _describe, _plain, _shapes
 
 # %% ../nbs/01_callback.ipynb #20ad425b
@@ -119,14 +120,56 @@ def _acts_on_others(model, xb):
     if differ(whole, outputs(xb, 1)): return differ(outputs(xb, training=False), outputs(half, training=False)) # dropout, which draws other masks for fewer items
     return True
 
-# %% ../nbs/01_callback.ipynb #f2e1ad4a
+# %% ../nbs/01_callback.ipynb #77ff3778
+def _tail(model, chosen):
+    "The modules at the end of `model`, in order, from the first on that has one of the parameters `chosen`, if that can be told."
+    tail,rest,module = [],[],model
+    while not any(p in chosen for p in module.parameters(recurse=False)):
+        children = list(module.children())
+        owners = [i for i,m in enumerate(children) if any(p in chosen for p in m.parameters())]
+        if not owners or not (type(module).forward is nn.Sequential.forward or len(owners) == 1 and not rest): break
+        rest = (children[owners[0] + 1:] if isinstance(module, nn.Sequential) else []) + rest
+        module = children[owners[0]]
+        tail = [module, *rest]
+    inside = {m for t in tail for m in t.modules()}
+    return [] if any(p in chosen for m in model.modules() if m not in inside for p in m._parameters.values()) else tail
+
+class _Caught:
+    "Catches, in the next pass through `model`, what its last modules `tail` are given and where the random streams stand then."
+    def __init__(self, model, tail):
+        self.tail,self.device,self.calls,self.sure = nn.Sequential(*tail) if len(tail) > 1 else tail[0],_device(model),0,False
+        self.hooks = [tail[0].register_forward_pre_hook(self._enter, with_kwargs=True), tail[-1].register_forward_hook(self._leave), model.register_forward_hook(self._end)]
+    def __reduce__(self): return _nothing,() # should a hook be left in a model that is saved
+    def _enter(self, module, args, kwargs):
+        self.calls,self.inputs,self.kwargs = self.calls + 1,args,kwargs
+        self.streams = _states(self.device)
+    def _leave(self, module, args, output): self.output = output
+    def _end(self, module, args, output):
+        "That is only of use if what the last modules give is what the model gives."
+        self.sure = self.calls == 1 and not self.kwargs and isinstance(output, Tensor) and output is self.output
+        self.remove()
+    def remove(self):
+        for hook in self.hooks: hook.remove()
+
+def _nothing(*args, **kwargs): pass
+
+def _states(device): return [g.get_state() for g in _generators(device)]
+
+@contextmanager
+def _at(states, device):
+    "Let the random streams stand where they stood then."
+    with forked_random(device):
+        for g,state in zip(_generators(device), states): g.set_state(state)
+        yield
+
+# %% ../nbs/01_callback.ipynb #ce827c0c
 class MetaReweightCallback(Callback):
     "Weigh each training example, in each step, by how much learning from it lowers the loss on trusted examples (Ren et al. 2018, Algorithm 1)."
     order,run_valid = Recorder.order+5,False # after the Recorder has named its columns, before others (60) read the names
     remove_on_fetch = True # as the Recorder, whose log it adds to
-    _stateattrs = ('meta_dl','_trusted','_meta_grad','_meta_batch','_example_weights','_epoch_stats','_epoch_means','_weight_log','_whole','_noted') # none of it is exported
+    _stateattrs = ('meta_dl','_trusted','_meta_grad','_meta_batch','_example_weights','_epoch_stats','_epoch_means','_weight_log','_whole','_noted','_caught') # none of it is exported
     _kept = None
-    meta_dl = _trusted = _meta_grad = _meta_batch = _example_weights = _epoch_stats = _epoch_means = _whole = _noted = None
+    meta_dl = _trusted = _meta_grad = _meta_batch = _example_weights = _epoch_stats = _epoch_means = _whole = _noted = _caught = None
     _weight_log = ()
 
     def __init__(self,
@@ -192,6 +235,7 @@ class MetaReweightCallback(Callback):
 
     def _begin(self):
         self._groups = self._find_groups()
+        self._last = self._find_tail()
         if self.skip_zeros: self._check_skippable()
         self._n_weighed,self._epoch_stats = 0,dict(meta_loss=[], zero_weights=[], ess=[])
         if self._trusted is not None: return self._trusted.begin(self.epoch)
@@ -217,9 +261,17 @@ class MetaReweightCallback(Callback):
     def _weigh_batch(self):
         "Compute the weights of the batch."
         self._example_weights = self._whole = self._noted = None
+        self._uncatch()
         if self.epoch < self.start: return
         with self._tidy():
             if self._trusted is None: self._begin() # a prediction in between has ended what it took for its own fit
+            if self._last and all(_finite(t).all() for t in tree_leaves(self.xb) if isinstance(t, Tensor)): # otherwise say so before the training pass
+                self._caught = _Caught(self._bare_model(), self._last),_states(self._device())
+            else: self._compute()
+
+    def _compute(self):
+        "Compute the weights."
+        with self._tidy():
             w = self._weights((_plain(self.xb), _plain(self.yb)))
         self._log(zero_weights=(w == 0).float().mean(), ess=effective_sample_size(w))
         if self.on_zero == 'uniform': w = torch.where(w.sum() == 0, 1/len(w), w)
@@ -262,6 +314,7 @@ class MetaReweightCallback(Callback):
 
     def _weigh_loss(self):
         "Weigh the losses of the batch, which has been predicted by now."
+        if self._caught: self._compute()
         if self._example_weights is None: return
         losses = self._training_losses(self.pred, *self.yb)
         w,scale = (self._example_weights,_scale(losses, self.loss_grad)) if self._whole is None else (self._example_weights[self._whole[0]],self._noted[1])
@@ -291,6 +344,11 @@ class MetaReweightCallback(Callback):
     def _let_go(self):
         "Drop the trusted batches and the tensors of the last step."
         self._trusted = self._meta_batch = self._meta_grad = self._example_weights = self._epoch_stats = self._epoch_means = self._whole = self._noted = None
+        self._uncatch()
+
+    def _uncatch(self):
+        if self._caught: self._caught[0].remove()
+        self._caught = None
 
     def _searching(self): return hasattr(self.learn, 'lr_finder') # is this no real training?
 
@@ -335,6 +393,11 @@ class MetaReweightCallback(Callback):
         raise ValueError('there is no parameter to look ahead along: ' + ('all parameters of the optimizer are frozen' if self.params is None
             else 'params(learn.model) gives none that the optimizer moves; are they frozen?'))
 
+    def _find_tail(self):
+        "The last modules, if the look-ahead goes along parameters of theirs only, so that it can start from what the Learner's own pass gives them."
+        if self.params is None or self.skip_zeros or isinstance(self.model, nn.DataParallel): return []
+        return _tail(self._bare_model(), set(self._params().values()))
+
     def _params(self): return {k: p for k,p in self._bare_model().named_parameters() if k in self._groups}
 
     def _lookahead(self, gradient=None):
@@ -365,13 +428,28 @@ class MetaReweightCallback(Callback):
         "The alignments of the batch, by the engine that the model's operators allow."
         losses = losses or (self._noted_losses if self.skip_zeros else self._training_losses)
         try:
-            with _naming(lambda: self._where(batch)): return alignment(self._bare_model(), losses, batch, direction, self._engine)
+            with _naming(lambda: self._where(batch)):
+                if self._caught: return self._caught_alignment(batch, direction, losses)
+                return alignment(self._bare_model(), losses, batch, direction, self._engine)
         except NoForwardDerivative as e:
             if self.engine != 'auto': raise
             warnings.warn(f"{e.operator} has no forward-mode derivative in PyTorch, so the weights are computed by engine='reverse' "
                 "from now on: as exact, but slower and with more memory. Pass engine='reverse' to silence this.")
             self._engine = 'reverse'
             return self._alignment(batch, direction, losses)
+
+    def _caught_alignment(self, batch, direction, losses):
+        "The alignments of a batch that the Learner's pass has seen already, from what the last modules were given in it."
+        caught,states = self._caught
+        model,n = self._bare_model(),find_bs(batch[1])
+        if caught.sure and all(isinstance(o, Tensor) and o.ndim and len(o) == n for o in caught.inputs):
+            given = {p: direction[k] for k,p in model.named_parameters() if k in direction}
+            along = {k: given[p] for k,p in caught.tail.named_parameters() if p in given}
+            inputs = tuple(o.detach().as_subclass(Tensor).to(next(iter(along.values())).dtype) if o.is_floating_point() else o for o in caught.inputs)
+            model,batch,direction,states = caught.tail,(inputs, batch[1]),along,caught.streams
+        with _at(states, self._device()): u = alignment(model, losses, batch, direction, self._engine)
+        self._uncatch()
+        return u
 
     def _where(self, batch):
         return f'batch {self.iter} of the training loader in epoch {self.epoch} ({_shapes(batch)})'
