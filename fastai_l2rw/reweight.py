@@ -107,6 +107,7 @@ def _plain_kernels(modules):
 def virtual_pass(
     model:nn.Module, # Model that will be run on the side
     seed:int|None=None, # Seed for its random layers; `None` goes on from where the caller's stream is
+    autocast:torch.dtype|None=None, # Data type of an autocast to run it under; default: no autocast, whatever the caller has
 ):
     "Let the body run `model`, and leave the model and the random streams as they were, also when the body fails."
     modules = list(model.modules())
@@ -114,7 +115,7 @@ def virtual_pass(
     try:
         _copy_buffers(modules)
         _unsync(modules)
-        with forked_random(_device(model), seed), _plain_kernels(modules), torch.autocast(_device(model).type, enabled=False): yield
+        with forked_random(_device(model), seed), _plain_kernels(modules), torch.autocast(_device(model).type, autocast, autocast is not None, cache_enabled=False): yield
     finally: _put_back(attributes)
 
 # %% ../nbs/00_reweight.ipynb #c5e64831
@@ -154,10 +155,10 @@ def _losses(model, loss_func, batch, params):
     return item_losses(loss_func(outputs, *targets), _n_items(batch[0]))
 
 # %% ../nbs/00_reweight.ipynb #23082523
-def _gradient(model, loss_func, batch, params, weigh, seed=None):
+def _gradient(model, loss_func, batch, params, weigh, seed=None, autocast=None):
     "Gradient of the weighted sum of the losses, and the losses."
     params = {k: p.requires_grad_() for k,p in _trainable(model, params).items()}
-    with virtual_pass(model, seed), torch.enable_grad():
+    with virtual_pass(model, seed, autocast), torch.enable_grad():
         losses = _losses(model, loss_func, batch, params)
         gradient = torch.autograd.grad((weigh(losses.detach())*losses).sum(), list(params.values()), materialize_grads=True)
     return dict(zip(params, gradient)), losses.detach()
@@ -167,9 +168,10 @@ def meta_gradient(
     loss_func:Callable, # `loss_func(output, *targets)` gives one loss, or several, per item
     meta_batch:tuple, # Trusted batch `(inputs, targets)`, each a tensor or a tuple of tensors
     params:Iterable[str]|Mapping[str,Tensor]|None=None, # Names of the parameters to differentiate, or values to differentiate at, by name; default: all that require a gradient
+    autocast:torch.dtype|None=None, # Data type of an autocast to run the pass under, such as `torch.bfloat16`; default: none
 )->tuple[dict[str,Tensor],Tensor]: # Gradient by parameter name, and the mean loss (a scalar)
     "Gradient of the mean loss on a trusted batch, $\\nabla L_m(\\theta)$; raises `ValueError` for unknown `params` and for a loss that is not per item."
-    gradient,losses = _gradient(model, loss_func, meta_batch, params, lambda l: torch.full_like(l, 1/len(l)), derived_seed(_device(model)))
+    gradient,losses = _gradient(model, loss_func, meta_batch, params, lambda l: torch.full_like(l, 1/len(l)), derived_seed(_device(model)), autocast)
     return gradient, losses.mean()
 
 def weighted_gradient(
@@ -264,11 +266,12 @@ def alignment(
     batch:tuple, # Training batch `(inputs, targets)`, each a tensor or a tuple of tensors
     direction:Mapping[str,Tensor], # Direction $v$ by parameter name; parameters that are not named stay where they are
     engine:str='forward', # 'forward' (one pass with tangents) or 'reverse' (two backward passes)
+    autocast:torch.dtype|None=None, # Data type of an autocast to run the pass under, such as `torch.bfloat16`; default: none
 )->Tensor: # $\\langle v, \\nabla\\ell_i \\rangle$ for every item, shape (n,)
     "Directional derivative of every example's loss; raises `NoForwardDerivative` where 'forward' can't be had, `ValueError` for a loss that is not per item."
     if engine not in _engines: raise ValueError(f"engine={engine!r} is unknown: use 'forward' or 'reverse'")
     params = _trainable(model, list(direction))
-    with virtual_pass(model): return _engines[engine](lambda p: _losses(model, loss_func, batch, p), params, dict(direction)).detach()
+    with virtual_pass(model, autocast=autocast): return _engines[engine](lambda p: _losses(model, loss_func, batch, p), params, dict(direction)).detach()
 
 # %% ../nbs/00_reweight.ipynb #817c1267
 def rectify(

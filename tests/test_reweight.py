@@ -195,6 +195,21 @@ def test_attention_in_both_modes(training):
     expected = unrolled_weights(model, cross_entropy, batch, meta_batch)
     assert relative_difference(example_weights(model, cross_entropy, batch, meta_batch), expected) < 1e-10
 
+@pytest.mark.parametrize('kind,least', [('mlp', 0.98), ('transformer', 0.98), ('lstm', 0.98), ('resnet18', 0.7)])
+def test_in_bfloat16_on_request(kind, least):
+    "Near to the exact numbers, if less so after many layers of batch norm."
+    model,batch,meta_batch = setting(kind)
+    if kind == 'resnet18': batch,meta_batch = images(16, 64),images(6, 64)
+    for m in model.modules():
+        if 'Dropout' in type(m).__name__: m.p = 0.
+        if isinstance(m, nn.LSTM): m.dropout = 0.
+    expected = alignment(model, cross_entropy, batch, meta_gradient(model, cross_entropy, meta_batch)[0])
+    seen = []
+    [m for m in model.modules() if isinstance(m, nn.Linear)][-1].register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    u = alignment(model, cross_entropy, batch, meta_gradient(model, cross_entropy, meta_batch, autocast=torch.bfloat16)[0], autocast=torch.bfloat16)
+    assert seen == [torch.bfloat16]*2 and u.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
+    assert torch.corrcoef(torch.stack([u, expected]))[0, 1] > least and (u - expected).abs().max() > 0
+
 def test_autocast_does_not_reach_the_virtual_passes():
     model,batch,meta_batch = setting('resnet18')
     expected = example_weights(model, cross_entropy, batch, meta_batch)
