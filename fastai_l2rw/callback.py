@@ -271,8 +271,8 @@ class MetaReweightCallback(Callback):
             else: self._compute()
 
     def _compute(self):
-        "Compute the weights."
-        with self._tidy():
+        "Compute the weights, with the random streams where they stood before the Learner's pass."
+        with self._tidy(), _at(self._caught[1], self._device()) if self._caught else nullcontext():
             w = self._weights((_plain(self.xb), _plain(self.yb)))
         self._log(zero_weights=(w == 0).float().mean(), ess=effective_sample_size(w))
         if self.on_zero == 'uniform': w = torch.where(w.sum() == 0, 1/len(w), w)

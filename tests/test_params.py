@@ -6,7 +6,7 @@ from fastai.losses import CrossEntropyLossFlat
 from torch import nn
 from torchvision.models import resnet18
 
-import fastai_l2rw.callback, fastai_l2rw.reweight
+import fastai_l2rw.callback
 from fastai_l2rw.all import *
 from conftest import Augment, cnn, make_dls
 
@@ -62,7 +62,6 @@ class Weights(Callback):
 
 @pytest.fixture
 def fit(tmp_path, monkeypatch):
-    monkeypatch.setattr(fastai_l2rw.reweight, 'derived_seed', lambda device: 7) # of the dropout in the trusted passes, which else depends on when they come
     def fit(share, make_model, params, *cbs, **kwargs):
         set_seed(3)
         learn = Learner(make_dls(batch_tfms=Augment()), make_model(), loss_func=CrossEntropyLossFlat(), opt_func=SGD, metrics=accuracy, path=tmp_path,
