@@ -263,9 +263,10 @@ def oracle(setting):
     return unrolled_weights(model.double(), cross_entropy, (tuple(x), y), (tuple(xm), ym))
 
 def peak_memory(name, variant, m_share, device):
-    "MiB at the peak of a process of its own that trains three steps, beyond what it had after importing everything."
+    """MiB at the peak of a process of its own that trains three steps, beyond what it had after importing everything.
+    The setting lets glibc give freed memory back; by default it keeps what its heap has been fragmented into, of which small models have a lot."""
     command = [sys.executable, '-W', 'ignore', __file__, '--models', name, '--variants', variant, '--mn', str(m_share), '--threads', str(torch.get_num_threads()), '--device', device, '--memory']
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(MALLOC_MMAP_THRESHOLD_='100000'))
     return float(done.stdout.split()[-1]) if done.returncode == 0 else None
 
 def resident():
@@ -286,7 +287,7 @@ def quartiles(values): return [round(float(q), 3) for q in np.quantile(values, (
 
 def take_turns(runs, repeats, seconds):
     "Ratios to plain, by the clock and in processor time, from `repeats` turns; each takes as many steps as fill about `seconds` of plain training."
-    steps = max(round(seconds/quiet(lambda: runs['plain'](2))[0]), 2)
+    steps = max(round(seconds/quiet(lambda: runs['plain'](2))[0]), 1)
     times,order = {k: [] for k in runs},random.Random(0)
     for _ in range(repeats):
         gc.collect()
@@ -338,7 +339,7 @@ def spread(q): return f'{q[1]:.2f} ({q[0]:.2f} to {q[2]:.2f})'
 def markdown(result):
     lines = ['# What a step costs', '', f"`{result['command']}`", f"on {result['machine']}. {result['note']}".rstrip(), '',
         f"Whole training steps over plain ones, medians (and quartiles) of {result['repeats']} turns: by the clock, and in processor time. `bound` is what the arithmetic of the method says,",
-        '`flops` what PyTorch counts; `memory` is the peak of a process of its own beyond its imports, over that of plain training; `difference` the largest deviation',
+        '`flops` what PyTorch counts; `memory` is the peak of a process of its own beyond its imports (MALLOC_MMAP_THRESHOLD_=100000), over that of plain training; `difference` the largest deviation',
         'from weights by differentiating through the step in double precision, relative to the largest weight, and `correlation` that with them.', '',
         '| model, n, m | variant | time | processor time | bound | flops | memory | difference | correlation |', '|---|---|---|---|---|---|---|---|---|']
     for o in result['results']:
