@@ -13,7 +13,7 @@ from inspect import signature
 
 import pandas as pd, torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixHandler
 from fastai.callback.rnn import RNNCallback
@@ -28,6 +28,7 @@ from fastcore.basics import store_attr
 
 from .lookahead import _bare, check_lookahead, virtual_step
 from .reweight import *
+from .reweight import _device, _generators
 from .robust import *
 from .trusted import TrustedBatches, _describe, _plain, _shapes
 
@@ -96,14 +97,80 @@ def _not_finite_items(batch):
     bad = [~_finite(t).reshape(len(t), -1).all(1) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.numel()]
     return torch.stack(bad).any(0).nonzero().flatten().tolist() if bad else []
 
-# %% ../nbs/01_callback.ipynb #1b56e92f
+# %% ../nbs/01_callback.ipynb #49dac244
+def _coupling_layer(model):
+    "Name and type of a layer that lets the examples of a batch act on each other, or on running means, if there is one of PyTorch's."
+    for k,m in model.named_modules():
+        if isinstance(m, nn.modules.batchnorm._NormBase) and (m.training and m.running_mean is not None or m.running_mean is None and isinstance(m, nn.modules.batchnorm._BatchNorm)):
+            return f'{k}, a {type(m).__name__} in {"training" if m.training else "evaluation"} mode'
+
+def _rows(x, rows, n):
+    "Those rows of all tensors in `x` that have `n` of them."
+    return tree_map_only(Tensor, lambda t: t[rows] if t.ndim and len(t) == n else t, x)
+
+def _acts_on_others(model, xb):
+    "Does what `model` makes of an example depend on the others in its batch?"
+    n = find_bs(xb)
+    def outputs(xb, seed=0, training=True):
+        with virtual_pass(model, seed), torch.no_grad():
+            if not training: model.eval()
+            return [o for o in tree_leaves(model(*xb)) if isinstance(o, Tensor) and o.is_floating_point()]
+    def differ(a, b): return any(len(o) >= len(p) and (o[:len(p)] - p).abs().max() > 0.01*p.abs().max() for o,p in zip(a, b) if o.ndim and p.numel())
+    whole,half = outputs(xb),_rows(xb, slice(max(n//2, 1)), n)
+    if not differ(whole, outputs(half)): return False
+    if differ(whole, outputs(xb, 1)): return differ(outputs(xb, training=False), outputs(half, training=False)) # dropout, which draws other masks for fewer items
+    return True
+
+# %% ../nbs/01_callback.ipynb #77ff3778
+def _tail(model, chosen):
+    "The modules at the end of `model`, in order, from the first on that has one of the parameters `chosen`, if that can be told."
+    tail,rest,module = [],[],model
+    while not any(p in chosen for p in module.parameters(recurse=False)):
+        children = list(module.children())
+        owners = [i for i,m in enumerate(children) if any(p in chosen for p in m.parameters())]
+        if not owners or not (type(module).forward is nn.Sequential.forward or len(owners) == 1 and not rest): break
+        rest = (children[owners[0] + 1:] if isinstance(module, nn.Sequential) else []) + rest
+        module = children[owners[0]]
+        tail = [module, *rest]
+    inside = {m for t in tail for m in t.modules()}
+    return [] if any(p in chosen for m in model.modules() if m not in inside for p in m._parameters.values()) else tail
+
+class _Caught:
+    "Catches, in the next pass through `model`, what its last modules `tail` are given and where the random streams stand then."
+    def __init__(self, model, tail):
+        self.tail,self.device,self.calls,self.sure = nn.Sequential(*tail) if len(tail) > 1 else tail[0],_device(model),0,False
+        self.hooks = [tail[0].register_forward_pre_hook(self._enter, with_kwargs=True), tail[-1].register_forward_hook(self._leave), model.register_forward_hook(self._end)]
+    def __reduce__(self): return _nothing,() # should a hook be left in a model that is saved
+    def _enter(self, module, args, kwargs):
+        self.calls,self.inputs,self.kwargs = self.calls + 1,args,kwargs
+        self.streams = _states(self.device)
+    def _leave(self, module, args, output): self.output = output
+    def _end(self, module, args, output):
+        "That is only of use if what the last modules give is what the model gives."
+        self.sure = self.calls == 1 and not self.kwargs and isinstance(output, Tensor) and output is self.output
+        self.remove()
+    def remove(self):
+        for hook in self.hooks: hook.remove()
+
+def _nothing(*args, **kwargs): pass
+
+def _states(device): return [g.get_state() for g in _generators(device)]
+
+@contextmanager
+def _at(states, device):
+    "Let the random streams stand where they stood then."
+    with forked_random(device):
+        for g,state in zip(_generators(device), states): g.set_state(state)
+        yield
+
+# %% ../nbs/01_callback.ipynb #ce827c0c
 class MetaReweightCallback(Callback):
     "Weigh each training example, in each step, by how much learning from it lowers the loss on trusted examples (Ren et al. 2018, Algorithm 1)."
     order,run_valid = Recorder.order+5,False # after the Recorder has named its columns, before others (60) read the names
     remove_on_fetch = True # as the Recorder, whose log it adds to
-    _stateattrs = ('meta_dl','_trusted','_meta_grad','_meta_batch','_example_weights','_epoch_stats','_epoch_means','_weight_log','_running') # none of it is exported
+    _stateattrs = ('meta_dl','_trusted','_meta_grad','_meta_batch','_example_weights','_epoch_stats','_epoch_means','_weight_log','_running','_whole','_noted','_caught') # none of it is exported
     _kept = None
-    meta_dl = _trusted = _meta_grad = _meta_batch = _example_weights = _epoch_stats = _epoch_means = _running = _norms = None
+    meta_dl = _trusted = _meta_grad = _meta_batch = _example_weights = _epoch_stats = _epoch_means = _running = _norms = _whole = _noted = _caught = None
     _weight_log = ()
 
     def __init__(self,
@@ -114,6 +181,8 @@ class MetaReweightCallback(Callback):
         lookahead:str='sgd', # Look ahead along a step of plain SGD ('sgd', as in the paper) or of the Learner's own optimizer ('opt')
         every:int=1, # Number of steps for which the gradient on a trusted batch is used
         start:int=0, # Number of epochs of plain training before the reweighting begins, in each fit
+        skip_zeros:bool=False, # Leave examples with weight zero out of the training pass, which changes its cost, not its result? Not for models in which examples act on each other
+        autocast:bool=False, # Compute the weights in bfloat16, too, where the Learner's own pass runs in it (`learn.to_bf16()`)? Faster, and less exact
         on_zero:str='skip', # If no example of a batch helps: learn nothing from it ('skip') or weigh all alike ('uniform')
         relative:bool=False, # Divide each alignment by the length of the gradient of the example's loss at the model's output?
         smooth:float=0., # Average each item's alignments over its visits in a fit, each counting `smooth` times as much as the next; below 1
@@ -175,6 +244,8 @@ class MetaReweightCallback(Callback):
 
     def _begin(self):
         self._groups = self._find_groups()
+        self._last = self._find_tail()
+        if self.skip_zeros: self._check_skippable()
         self._n_weighed,self._epoch_stats = 0,dict(meta_loss=[], zero_weights=[], ess=[])
         if self._trusted is not None: return self._trusted.begin(self.epoch)
         self._recall(self._memory())
@@ -189,18 +260,47 @@ class MetaReweightCallback(Callback):
             self._meta_batch = xb,yb = next(self._trusted)
             model = self._bare_model()
             with virtual_pass(model, derived_seed(self._device())), torch.no_grad(): self._trusted_losses(model(*xb), *yb)
+        if self.skip_zeros and _acts_on_others(model, xb): raise ValueError("skip_zeros=True can't be used with this model: what it makes of an example depends on the others in the batch")
+
+    def _check_skippable(self):
+        if layer := _coupling_layer(self._bare_model()): raise ValueError(f"skip_zeros=True can't be used with this model: in {layer}, the examples of a batch act on each other "
+            'or on running means, so those with weight zero count. Use a model without batch norm, or one whose batch norm is frozen (in evaluation mode).')
+        if any(isinstance(cb, RNNCallback) for cb in self.learn.cbs): raise ValueError("skip_zeros=True can't be used with RNNCallback, whose regularizer takes all examples of a batch into account")
 
     def _weigh_batch(self):
         "Compute the weights of the batch."
-        self._example_weights = None
+        self._example_weights = self._whole = self._noted = None
+        self._uncatch()
         if self.epoch < self.start: return
         with self._tidy():
             if self._trusted is None: self._begin() # a prediction in between has ended what it took for its own fit
+            if self._last and all(_finite(t).all() for t in tree_leaves(self.xb) if isinstance(t, Tensor)): # otherwise say so before the training pass
+                self._caught = _Caught(self._bare_model(), self._last),_states(self._device())
+            else: self._compute()
+
+    def _compute(self):
+        "Compute the weights, with the random streams where they stood before the Learner's pass."
+        with self._tidy(), _at(self._caught[1], self._device()) if self._caught else nullcontext():
             w = self._weights((_plain(self.xb), _plain(self.yb)))
         self._log(zero_weights=(w == 0).float().mean(), ess=effective_sample_size(w))
         if self.on_zero == 'uniform': w = torch.where(w.sum() == 0, 1/len(w), w)
         if self.record and not self._searching(): self._weight_log.append((self.epoch, self._batch_items(len(w)), w*len(w)))
         self._example_weights = w
+        if self.skip_zeros: self._leave_out(w)
+
+    def _leave_out(self, w):
+        "Let the Learner's pass run on the examples with a positive weight only; on two at least, since some models fail on one."
+        n,rows = len(w),w.topk(min(max((w > 0).sum().item(), 2), len(w))).indices.sort()[0]
+        mixer = self._mixer()
+        self._whole = rows,self.xb,self.yb,mixer and (mixer.yb1, mixer.lam)
+        self.learn.xb,self.learn.yb = _rows(self.xb, rows, n),_rows(self.yb, rows, n)
+        if mixer: mixer.yb1,mixer.lam = _rows(mixer.yb1, rows, n),_rows(mixer.lam, rows, n)
+
+    def _take_back(self):
+        "Show the whole batch to the callbacks that come after the loss; what was predicted for it is known from the virtual pass."
+        _,self.learn.xb,self.learn.yb,mixed = self._whole
+        self.learn.pred,self._whole,self._noted = self._noted[0],None,None
+        if mixed: self._mixer().yb1,self._mixer().lam = mixed
 
     @contextmanager
     def _tidy(self):
@@ -224,7 +324,7 @@ class MetaReweightCallback(Callback):
     def _measured_losses(self, pred, *yb):
         "The losses of the items; the lengths of their gradients are noted on the way."
         self._norms = output_gradient_norms(self._training_losses, pred, *yb)
-        return self._training_losses(pred, *yb)
+        return (self._noted_losses if self.skip_zeros else self._training_losses)(pred, *yb)
 
     def _weights_from(self, u):
         "The weights of a batch with alignments `u`."
@@ -243,10 +343,13 @@ class MetaReweightCallback(Callback):
 
     def _weigh_loss(self):
         "Weigh the losses of the batch, which has been predicted by now."
+        if self._caught: self._compute()
         if self._example_weights is None: return
         losses = self._training_losses(self.pred, *self.yb)
-        self.learn.loss_grad = _scale(losses, self.loss_grad) * (self._example_weights * losses).sum()
+        w,scale = (self._example_weights,_scale(losses, self.loss_grad)) if self._whole is None else (self._example_weights[self._whole[0]],self._noted[1])
+        self.learn.loss_grad = scale * (w * losses).sum()
         self.learn.loss = self.loss_grad.clone()
+        if self._whole: self._take_back()
 
     def after_step(self):
         "Keep what a resumed fit needs where `learn.save` finds it: beside the optimizer's state of a parameter."
@@ -269,7 +372,12 @@ class MetaReweightCallback(Callback):
 
     def _let_go(self):
         "Drop the trusted batches and the tensors of the last step."
-        self._trusted = self._meta_batch = self._meta_grad = self._example_weights = self._epoch_stats = self._epoch_means = None
+        self._trusted = self._meta_batch = self._meta_grad = self._example_weights = self._epoch_stats = self._epoch_means = self._whole = self._noted = None
+        self._uncatch()
+
+    def _uncatch(self):
+        if self._caught: self._caught[0].remove()
+        self._caught = None
 
     def _searching(self): return hasattr(self.learn, 'lr_finder') # is this no real training?
 
@@ -318,6 +426,11 @@ class MetaReweightCallback(Callback):
         raise ValueError('there is no parameter to look ahead along: ' + ('all parameters of the optimizer are frozen' if self.params is None
             else 'params(learn.model) gives none that the optimizer moves; are they frozen?'))
 
+    def _find_tail(self):
+        "The last modules, if the look-ahead goes along parameters of theirs only, so that it can start from what the Learner's own pass gives them."
+        if self.params is None or self.skip_zeros or isinstance(self.model, nn.DataParallel): return []
+        return _tail(self._bare_model(), set(self._params().values()))
+
     def _params(self): return {k: p for k,p in self._bare_model().named_parameters() if k in self._groups}
 
     def _lookahead(self, gradient=None):
@@ -340,21 +453,43 @@ class MetaReweightCallback(Callback):
         self._meta_batch = None
         with _naming(self._where_trusted):
             self._meta_batch = next(self._trusted)
-            gradient,loss = meta_gradient(self._bare_model(), self._trusted_losses, self._meta_batch, at)
+            gradient,loss = meta_gradient(self._bare_model(), self._trusted_losses, self._meta_batch, at, self._autocast())
         self._log(meta_loss=loss)
         return gradient
 
     def _alignment(self, batch, direction, losses=None):
         "The alignments of the batch, by the engine that the model's operators allow."
-        losses = losses or self._training_losses
+        losses = losses or (self._noted_losses if self.skip_zeros else self._training_losses)
         try:
-            with _naming(lambda: self._where(batch)): return alignment(self._bare_model(), losses, batch, direction, self._engine)
+            with _naming(lambda: self._where(batch)):
+                if self._caught: return self._caught_alignment(batch, direction, losses)
+                return alignment(self._bare_model(), losses, batch, direction, self._engine, self._autocast())
         except NoForwardDerivative as e:
             if self.engine != 'auto': raise
             warnings.warn(f"{e.operator} has no forward-mode derivative in PyTorch, so the weights are computed by engine='reverse' "
                 "from now on: as exact, but slower and with more memory. Pass engine='reverse' to silence this.")
             self._engine = 'reverse'
             return self._alignment(batch, direction, losses)
+
+    def _caught_alignment(self, batch, direction, losses):
+        "The alignments of a batch that the Learner's pass has seen already, from what the last modules were given in it."
+        caught,states = self._caught
+        model,n = self._bare_model(),find_bs(batch[1])
+        if caught.sure and all(isinstance(o, Tensor) and o.ndim and len(o) == n for o in caught.inputs):
+            given = {p: direction[k] for k,p in model.named_parameters() if k in direction}
+            along = {k: given[p] for k,p in caught.tail.named_parameters() if p in given}
+            inputs = tuple(o.detach().as_subclass(Tensor).to(next(iter(along.values())).dtype) if o.is_floating_point() else o for o in caught.inputs)
+            model,batch,direction,states = caught.tail,(inputs, batch[1]),along,caught.streams
+        with _at(states, self._device()): u = alignment(model, losses, batch, direction, self._engine, self._autocast())
+        self._uncatch()
+        return u
+
+    def _autocast(self):
+        "The data type that the virtual passes are to run in, if it is not that of the model."
+        device = self._device().type
+        if not self.autocast or not torch.is_autocast_enabled(device): return None
+        if (dtype := torch.get_autocast_dtype(device)) is torch.bfloat16: return dtype
+        raise ValueError(f'autocast=True, but the Learner trains in {dtype}, in which the gradients of the virtual passes would vanish: train in bfloat16, with learn.to_bf16(), or leave autocast=False')
 
     def _where(self, batch):
         return f'batch {self.iter} of the training loader in epoch {self.epoch} ({_shapes(batch)})'
@@ -384,6 +519,12 @@ class MetaReweightCallback(Callback):
         pred,mixer = self._output(pred),self._mixer()
         if mixer is None: return _item_losses(self.learn.loss_func, pred, *yb)
         return torch.lerp(_item_losses(mixer.old_lf, pred, *_plain(mixer.yb1)), _item_losses(mixer.old_lf, pred, *yb), _plain(mixer.lam))
+
+    def _noted_losses(self, pred, *yb):
+        "The losses of a training batch; keeps what would be missing if examples are left out: the predictions, and the scale of the loss function."
+        losses = self._training_losses(pred, *yb)
+        with torch.no_grad(): self._noted = tree_map_only(Tensor, torch.detach, pred),_scale(losses, self.learn.loss_func(pred, *yb))
+        return losses
 
     def _output(self, pred):
         "What the loss function is given: fastai's text models also return what their regularizer needs, which `RNNCallback` takes off."

@@ -11,13 +11,12 @@ __all__ = ['forked_random', 'derived_seed', 'virtual_pass', 'item_losses', 'meta
 import random, re, warnings, zlib
 from contextlib import contextmanager, nullcontext
 from collections.abc import Callable, Iterable, Mapping
-from copy import copy
 from functools import partial
 
 import numpy as np, torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -58,9 +57,9 @@ def derived_seed(
     return zlib.crc32(b''.join(g.get_state().numpy().tobytes() for g in _generators(torch.device(device))))
 
 # %% ../nbs/00_reweight.ipynb #a4c46ec0
-def _attributes(model):
+def _attributes(modules):
     "All attributes of all modules, and what is in them where they are containers (of parameters, buffers, hooks), for `_put_back`."
-    return [(m, dict(vars(m)), [(v, copy(v)) for v in vars(m).values() if isinstance(v, (dict, list, set))]) for m in model.modules()]
+    return [(m, vars(m).copy(), [(v, v.copy() if v else ()) for v in vars(m).values() if isinstance(v, (dict, list, set))]) for m in modules]
 
 def _put_back(attributes):
     "Give every module the attributes that `_attributes` found."
@@ -68,27 +67,33 @@ def _put_back(attributes):
         vars(module).clear()
         vars(module).update(attrs)
         for container,content in containers:
-            container.clear()
-            (container.extend if isinstance(container, list) else container.update)(content)
+            if container: container.clear()
+            if content: (container.extend if isinstance(container, list) else container.update)(content)
 
-def _copy_buffers(model):
-    "Let the model work on copies of its buffers; `_put_back` brings the originals back."
-    copies = {b: b.clone() for b in model.buffers()}
-    for m in model.modules(): m._buffers.update({k: copies[b] for k,b in m._buffers.items() if b is not None})
+def _copy_buffers(modules):
+    "Let the modules work on copies of their buffers; `_put_back` brings the originals back."
+    copies = {b: b.clone() for b in {b for m in modules for b in m._buffers.values() if b is not None}}
+    for m in modules: m._buffers.update({k: copies[b] for k,b in m._buffers.items() if b is not None})
 
-def _unsync(model):
+def _set_parameters(model, values):
+    "Let the model work on other values of its parameters, by name, and on all others cut off from their history; likewise."
+    named = dict(model.named_parameters())
+    values = {p: values[k] if k in values else p.detach() for k,p in named.items()}
+    for m in model.modules(): m._parameters.update({k: values[p] for k,p in m._parameters.items() if p is not None})
+
+def _unsync(modules):
     "Let batch norms that work across processes do so within theirs."
-    for m in model.modules():
+    for m in modules:
         if isinstance(m, nn.SyncBatchNorm): m.forward = partial(nn.modules.batchnorm._BatchNorm.forward, m)
 
 def _device(model): return next((t.device for t in model.parameters()), torch.device('cpu'))
 
 # %% ../nbs/00_reweight.ipynb #cd19d5ab
 @contextmanager
-def _plain_kernels(model):
+def _plain_kernels(modules):
     "Without the fused kernels that lack derivatives."
     fast_mha,mkldnn = torch.backends.mha.get_fastpath_enabled(),torch.backends.mkldnn.enabled
-    recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
+    recurrent = any(isinstance(m, nn.RNNBase) for m in modules)
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         if recurrent: torch.backends.mkldnn.enabled = False # mkldnn.flags() would set the TF32 flag too, which warns
@@ -102,13 +107,15 @@ def _plain_kernels(model):
 def virtual_pass(
     model:nn.Module, # Model that will be run on the side
     seed:int|None=None, # Seed for its random layers; `None` goes on from where the caller's stream is
+    autocast:torch.dtype|None=None, # Data type of an autocast to run it under; default: no autocast, whatever the caller has
 ):
     "Let the body run `model`, and leave the model and the random streams as they were, also when the body fails."
-    attributes = _attributes(model)
+    modules = list(model.modules())
+    attributes = _attributes(modules)
     try:
-        _copy_buffers(model)
-        _unsync(model)
-        with forked_random(_device(model), seed), _plain_kernels(model), torch.autocast(_device(model).type, enabled=False): yield
+        _copy_buffers(modules)
+        _unsync(modules)
+        with forked_random(_device(model), seed), _plain_kernels(modules), torch.autocast(_device(model).type, autocast, autocast is not None, cache_enabled=False): yield
     finally: _put_back(attributes)
 
 # %% ../nbs/00_reweight.ipynb #c5e64831
@@ -141,18 +148,17 @@ def _trainable(model, params):
     return {k: p.detach() for k,p in values.items()}
 
 def _losses(model, loss_func, batch, params):
-    "One loss per item of `batch`, as a pure function of `params`."
+    "One loss per item of `batch`, as a function of `params`, in a virtual pass."
     inputs,targets = map(_tuple, batch)
-    fixed = {k: p.detach() for k,p in model.named_parameters() if k not in params}
-    inputs = tree_map_only(Tensor, torch.clone, inputs) # a layer may work in place
-    outputs = functional_call(model, {**fixed, **params}, inputs)
+    _set_parameters(model, params)
+    outputs = model(*tree_map_only(Tensor, torch.clone, inputs)) # a layer may work in place
     return item_losses(loss_func(outputs, *targets), _n_items(batch[0]))
 
 # %% ../nbs/00_reweight.ipynb #23082523
-def _gradient(model, loss_func, batch, params, weigh, seed=None):
+def _gradient(model, loss_func, batch, params, weigh, seed=None, autocast=None):
     "Gradient of the weighted sum of the losses, and the losses."
     params = {k: p.requires_grad_() for k,p in _trainable(model, params).items()}
-    with virtual_pass(model, seed), torch.enable_grad():
+    with virtual_pass(model, seed, autocast), torch.enable_grad():
         losses = _losses(model, loss_func, batch, params)
         gradient = torch.autograd.grad((weigh(losses.detach())*losses).sum(), list(params.values()), materialize_grads=True)
     return dict(zip(params, gradient)), losses.detach()
@@ -162,9 +168,10 @@ def meta_gradient(
     loss_func:Callable, # `loss_func(output, *targets)` gives one loss, or several, per item
     meta_batch:tuple, # Trusted batch `(inputs, targets)`, each a tensor or a tuple of tensors
     params:Iterable[str]|Mapping[str,Tensor]|None=None, # Names of the parameters to differentiate, or values to differentiate at, by name; default: all that require a gradient
+    autocast:torch.dtype|None=None, # Data type of an autocast to run the pass under, such as `torch.bfloat16`; default: none
 )->tuple[dict[str,Tensor],Tensor]: # Gradient by parameter name, and the mean loss (a scalar)
     "Gradient of the mean loss on a trusted batch, $\\nabla L_m(\\theta)$; raises `ValueError` for unknown `params` and for a loss that is not per item."
-    gradient,losses = _gradient(model, loss_func, meta_batch, params, lambda l: torch.full_like(l, 1/len(l)), derived_seed(_device(model)))
+    gradient,losses = _gradient(model, loss_func, meta_batch, params, lambda l: torch.full_like(l, 1/len(l)), derived_seed(_device(model)), autocast)
     return gradient, losses.mean()
 
 def weighted_gradient(
@@ -209,16 +216,27 @@ def _missing_operator(error):
     if found := re.search(r'forward AD with (\S+) that', str(error)): return found[1]
     if 'autograd Function' in str(error) or 'autograd.Function' in str(error): return 'a custom torch.autograd.Function'
 
-class _StopTangents(TorchFunctionMode):
-    "Makes `torch.no_grad` in a model stop tangents, as it stops gradients; forward mode alone would ignore it."
+def _batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    "`F.batch_norm` with tangents; by the batch's statistics, they come from the kernel for its gradient."
+    if not training or x.numel() == x.shape[1]: return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    (x,dx),(weight,dweight),(bias,dbias) = [(None, None) if o is None else forward_ad.unpack_dual(o) for o in (x, weight, bias)]
+    y,mean,scale = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+    dy = torch.zeros_like(y) if dx is None else torch.ops.aten.native_batch_norm_backward(dx, x, weight, None, None, mean, scale, True, eps, [True, False, False])[0]
+    if dweight is not None or dbias is not None:
+        dweight,dbias = [torch.zeros_like(mean) if o is None else o for o in (dweight, dbias)]
+        dy += F.batch_norm(x, mean, scale**-2, dweight, dbias, eps=0.)
+    return forward_ad.make_dual(y, dy)
+
+class _Tangents(TorchFunctionMode):
+    "Lets tangents through batch norm faster, and makes `torch.no_grad` in a model stop them, as it stops gradients; forward mode alone would ignore it."
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        out = (_batch_norm if func is F.batch_norm else func)(*args, **(kwargs or {}))
         return out if torch.is_grad_enabled() else tree_map_only(Tensor, lambda t: forward_ad.unpack_dual(t).primal, out)
 
 def _forward_alignment(losses, params, direction):
     "Directional derivatives of all losses in one pass with tangents."
     try:
-        with torch.enable_grad(), forward_ad.dual_level(), _StopTangents(): # nothing requires a gradient, so no graph is kept
+        with torch.enable_grad(), forward_ad.dual_level(), _Tangents(): # nothing requires a gradient, so no graph is kept
             values,tangents = forward_ad.unpack_dual(losses({k: forward_ad.make_dual(p, direction[k]) for k,p in params.items()}))
             return torch.zeros_like(values) if tangents is None else tangents
     except RuntimeError as e: # NotImplementedError is one
@@ -248,11 +266,12 @@ def alignment(
     batch:tuple, # Training batch `(inputs, targets)`, each a tensor or a tuple of tensors
     direction:Mapping[str,Tensor], # Direction $v$ by parameter name; parameters that are not named stay where they are
     engine:str='forward', # 'forward' (one pass with tangents) or 'reverse' (two backward passes)
+    autocast:torch.dtype|None=None, # Data type of an autocast to run the pass under, such as `torch.bfloat16`; default: none
 )->Tensor: # $\\langle v, \\nabla\\ell_i \\rangle$ for every item, shape (n,)
     "Directional derivative of every example's loss; raises `NoForwardDerivative` where 'forward' can't be had, `ValueError` for a loss that is not per item."
     if engine not in _engines: raise ValueError(f"engine={engine!r} is unknown: use 'forward' or 'reverse'")
     params = _trainable(model, list(direction))
-    with virtual_pass(model): return _engines[engine](lambda p: _losses(model, loss_func, batch, p), params, dict(direction)).detach()
+    with virtual_pass(model, autocast=autocast): return _engines[engine](lambda p: _losses(model, loss_func, batch, p), params, dict(direction)).detach()
 
 # %% ../nbs/00_reweight.ipynb #817c1267
 def rectify(

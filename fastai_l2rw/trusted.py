@@ -6,13 +6,13 @@
 __all__ = ['TrustedBatches']
 
 # %% ../nbs/00b_trusted.ipynb #9bbe0b38
-import warnings, zlib
+import random, warnings, zlib
 from collections.abc import Iterable
 from functools import partial
 
 import numpy as np, torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 from fastai.data.load import DataLoader
 from fastai.torch_core import to_device
@@ -66,6 +66,53 @@ def _plain(x):
 
 def _shapes(x): return str(tree_map_only(Tensor, lambda t: tuple(t.shape), x))
 
+# %% ../nbs/00b_trusted.ipynb #323c5f80
+def _streams():
+    "Where the random streams stand."
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), [o.tobytes() if isinstance(o, np.ndarray) else o for o in np.random.get_state()]
+
+def _same(a, b):
+    "Are these two readings of an item equal? No, if that can't be told."
+    if isinstance(a, (tuple, list)): return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, Tensor): return type(a) is type(b) and a.dtype == b.dtype and torch.equal(a, b)
+    return isinstance(a, (int, float, str, bool, type(None), np.number)) and type(a) is type(b) and a == b
+
+class _Kept:
+    "Reads items by `read`, and from the third time on gives what it has kept, on `device`, if that can be relied on."
+    read = None
+    def __init__(self, device, room=2**28): self.device,self.room,self.items,self.sure,self.random = device,room,{},set(),False
+
+    def __call__(self, i):
+        if i in self.sure: return self.items[i]
+        if self.random: return self.read(i)
+        before = _streams()
+        item = self.read(i)
+        kept = to_device(item, self.device)
+        if _streams() != before or (i in self.items and not _same(kept, self.items[i])): self.random,self.items,self.sure = True,{},set()
+        elif i in self.items: self.sure.add(i)
+        elif (size := sum(o.nbytes for o in tree_leaves(item) if isinstance(o, Tensor))) <= self.room: self.items[i],self.room = kept,self.room - size
+        return item
+
+class _Items(torch.utils.data.Dataset):
+    "Items that are read by `kept`."
+    def __init__(self, kept, n): self.kept,self.n = kept,n
+    def __len__(self): return self.n
+    def __getitem__(self, i): return self.kept(i)
+
+def _standard(dl, method): return getattr(getattr(dl, method), '__func__', None) is getattr(DataLoader, method)
+
+def _keeping(dl, kept):
+    "`dl`, which was made for us, with its items kept if its batches are no more than these put together."
+    if dl.pin_memory: return dl
+    if isinstance(dl, DataLoader):
+        before = dl.before_batch
+        if all(_standard(dl, o) for o in ('do_item','create_batches','create_batch')) and not (before.fs if hasattr(before, 'fs') else not _standard(dl, 'before_batch')):
+            kept.read,dl.do_item = dl.do_item,kept
+    elif not dl.num_workers and dl.collate_fn is torch.utils.data.default_collate and not hasattr(dl.dataset, '__getitems__'):
+        kept.read = dl.dataset.__getitem__
+        return torch.utils.data.DataLoader(_Items(kept, len(dl.dataset)), dl.batch_size, shuffle=True)
+    return dl
+
 # %% ../nbs/00b_trusted.ipynb #c0076a9d
 class TrustedBatches:
     "Trusted batches `(xb, yb)` for ever, as plain tensors, read without moving the random streams; warns of classes that have no example."
@@ -78,6 +125,7 @@ class TrustedBatches:
     ):
         self.dl,self.device,self.n_inp,self.seed = dl,device,n_inp,seed
         self.anew = True # can it begin a new order?
+        self.kept = _Kept(device)
         self.lacking = {i:o for i,o in enumerate(classes) if o != '#na#'} # classes of which no example has been seen, by label
         self.begin(0)
 
@@ -90,7 +138,7 @@ class TrustedBatches:
         self.n_read = 0
         with self._forked():
             dl = _shuffled(self.dl)
-            self.anew,self.batches = dl is not None,_endless(self.dl if dl is None else dl)
+            self.anew,self.batches = dl is not None,_endless(self.dl if dl is None else dl if dl is self.dl else _keeping(dl, self.kept))
 
     def __next__(self):
         self.n_read += 1

@@ -162,3 +162,27 @@ def test_the_third_loader_of_distributed_training(make_learner, used):
     assert learn.meta_reweight._find_meta_dl() is third
     learn.fit(1)
     assert len(used) == len(learn.dls.train)
+
+@pytest.mark.parametrize('share', [False, True])
+def test_weights_in_bfloat16(make_learner, share):
+    "Only on request, and only where the Learner's own pass runs in it."
+    def dtypes(own, **kwargs):
+        seen = []
+        params = (lambda m: m[1].parameters()) if share else None
+        learn = make_learner([MetaReweightCallback(params=params, **kwargs), *own])
+        learn.model[1][-1].register_forward_hook(lambda m, args, out: seen.append(out.dtype) if learn.training else None)
+        learn.fit(1)
+        return set(seen[1:]) # the first is to try the trusted loader out
+    assert dtypes([], autocast=True) == {torch.float32}
+    assert dtypes([CpuAutocast()]) == {torch.float32, torch.bfloat16} # the virtual passes, and the Learner's own
+    assert dtypes([CpuAutocast()], autocast=True) == {torch.bfloat16}
+
+def test_no_weights_in_float16(make_learner):
+    class Half(CpuAutocast):
+        def before_batch(self):
+            self.autocast = torch.autocast('cpu', dtype=torch.float16)
+            self.autocast.__enter__()
+    learn = make_learner([MetaReweightCallback(autocast=True), half := Half()])
+    try:
+        with pytest.raises(ValueError, match='autocast=True, but the Learner trains in torch.float16'): learn.fit(1)
+    finally: half.autocast.__exit__(None, None, None)

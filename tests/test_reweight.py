@@ -117,6 +117,27 @@ def test_no_grad_in_a_model_stops_tangents_too():
     for engine in ('forward', 'reverse'):
         assert relative_difference(example_weights(model, cross_entropy, batch, meta_batch, engine=engine), expected) < 1e-10
 
+@pytest.mark.parametrize('affine,moves', [(True, ('weight','bias')), (True, ('weight',)), (True, ('bias',)), (True, ()), (False, ())])
+@pytest.mark.parametrize('norm,shape', [(nn.BatchNorm1d, (8, 3)), (nn.BatchNorm1d, (8, 3, 4)), (nn.BatchNorm2d, (4, 3, 5, 2)), (nn.BatchNorm2d, (4, 3, 1, 1)), (nn.BatchNorm3d, (2, 3, 2, 3, 4))])
+@pytest.mark.parametrize('first', [True, False])
+@pytest.mark.parametrize('training', [True, False])
+def test_tangents_of_batch_norm(norm, shape, affine, moves, first, training):
+    "They have a rule of our own; here in double precision against PyTorch's, with the norm as the first layer and after one that moves."
+    torch.manual_seed(0)
+    class Model(nn.Module):
+        def __init__(self): super().__init__(); self.scale,self.norm = nn.Parameter(torch.randn(shape[1:])),norm(3, affine=affine, momentum=None)
+        def forward(self, x): return self.norm(x + 5 if first else torch.sin(self.scale*x) + 5).flatten(1)*torch.sin(self.scale).flatten()
+    model = Model().double().train(training)
+    if affine: nn.init.normal_(model.norm.weight); nn.init.normal_(model.norm.bias)
+    x,y = torch.randn(shape, dtype=torch.float64),torch.zeros(shape[0])
+    names = ['scale',*(f'norm.{k}' for k in moves)]
+    params = {k: p.detach() for k,p in model.named_parameters() if k in names}
+    direction = {k: torch.randn_like(p) for k,p in params.items()}
+    loss_func = lambda out, y: out.sin().sum(1)
+    expected = torch.func.jvp(lambda p: loss_func(torch.func.functional_call(copy.deepcopy(model), p, (x,)), y), (params,), (direction,))[1]
+    assert relative_difference(alignment(model, loss_func, (x, y), direction), expected) < 1e-12
+    assert model.norm.num_batches_tracked == 0 and (model.norm.running_mean == 0).all()
+
 def test_forward_engine_is_the_jvp_of_torch_func():
     model,(x,y),meta_batch = setting('mlp')
     direction,_ = meta_gradient(model, cross_entropy, meta_batch)
@@ -173,6 +194,21 @@ def test_attention_in_both_modes(training):
     model.train(training)
     expected = unrolled_weights(model, cross_entropy, batch, meta_batch)
     assert relative_difference(example_weights(model, cross_entropy, batch, meta_batch), expected) < 1e-10
+
+@pytest.mark.parametrize('kind,least', [('mlp', 0.98), ('transformer', 0.98), ('lstm', 0.98), ('resnet18', 0.7)])
+def test_in_bfloat16_on_request(kind, least):
+    "Near to the exact numbers, if less so after many layers of batch norm."
+    model,batch,meta_batch = setting(kind)
+    if kind == 'resnet18': batch,meta_batch = images(16, 64),images(6, 64)
+    for m in model.modules():
+        if 'Dropout' in type(m).__name__: m.p = 0.
+        if isinstance(m, nn.LSTM): m.dropout = 0.
+    expected = alignment(model, cross_entropy, batch, meta_gradient(model, cross_entropy, meta_batch)[0])
+    seen = []
+    [m for m in model.modules() if isinstance(m, nn.Linear)][-1].register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    u = alignment(model, cross_entropy, batch, meta_gradient(model, cross_entropy, meta_batch, autocast=torch.bfloat16)[0], autocast=torch.bfloat16)
+    assert seen == [torch.bfloat16]*2 and u.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
+    assert torch.corrcoef(torch.stack([u, expected]))[0, 1] > least and (u - expected).abs().max() > 0
 
 def test_autocast_does_not_reach_the_virtual_passes():
     model,batch,meta_batch = setting('resnet18')

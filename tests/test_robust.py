@@ -131,3 +131,14 @@ def test_preset():
     got = weighting_scheme('robust', dls, margin=0.5)
     cb, = got['cbs']
     assert type(got['dls'].train).__name__ == 'WeightedDL' and (cb.relative, cb.smooth, cb.margin) == (True, 0., 0.5)
+
+def test_relative_with_skip_zeros(make_learner):
+    "Examples of weight zero are left out of the training pass, and the lengths of the gradients are those of all examples."
+    def train(**kwargs):
+        learn = make_learner(MetaReweightCallback(relative=True, smooth=0.5, **kwargs), model=cnn(bn=False, p=0.), opt_func=SGD)
+        set_seed(2)
+        learn.fit(2, 1e-2)
+        return learn
+    plain,skipping = train(),train(skip_zeros=True)
+    assert 0 < plain.meta_reweight.item_weights().zero.mean() < 1
+    for p,q in zip(plain.model.parameters(), skipping.model.parameters()): torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
