@@ -241,7 +241,7 @@ def test_without_recorder_and_default_callbacks(make_learner):
 def test_frozen_parameters_are_not_looked_along(make_learner, monkeypatch):
     looked = []
     original = meta_gradient
-    monkeypatch.setattr(fastai_l2rw.callback, 'meta_gradient', lambda m, f, b, names: (looked.append(set(names)), original(m, f, b, names))[1])
+    monkeypatch.setattr(fastai_l2rw.callback, 'meta_gradient', lambda m, f, b, names, *more: (looked.append(set(names)), original(m, f, b, names, *more))[1])
     learn = make_learner(MetaReweightCallback(), splitter=split, train_bn=False)
     everything = {k for k,_ in learn.model.named_parameters()}
     learn.freeze(); learn.fit(1)
