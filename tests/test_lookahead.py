@@ -155,7 +155,7 @@ def test_every_pulls_an_old_gradient_back_through_the_new_state(tmp_path, monkey
     gradients,directions = [],[]
     original,aligned = meta_gradient,alignment
     monkeypatch.setattr(fastai_l2rw.callback, 'meta_gradient', lambda *args: (gradients.append(original(*args)), gradients[-1])[1])
-    monkeypatch.setattr(fastai_l2rw.callback, 'alignment', lambda m, f, b, v, e: (directions.append(v), aligned(m, f, b, v, e))[1])
+    monkeypatch.setattr(fastai_l2rw.callback, 'alignment', lambda m, f, b, v, *more: (directions.append(v), aligned(m, f, b, v, *more))[1])
     learn = learner(fo.Adam, tmp_path, [cb := MetaReweightCallback(lookahead='opt', every=2)])
     pulled = []
     def expect(self): pulled.append(virtual_step(self.opt, dict(self.model.named_parameters()))[1](gradients[(self.iter + 1)//2 + 2*self.epoch - (self.iter == 1)][0]))
