@@ -197,7 +197,7 @@ def plot_weights(
     fig = Figure(figsize=(9, 0.6 + 2.6*len(settings)), layout='constrained')
     for ax,s in zip(np.atleast_1d(fig.subplots(len(settings), 1)), settings):
         o = df[df.setting == s]
-        alike = {'right labels\n(mean of classes)': 'weight_right_alike', 'wrong labels\n(mean of classes)': 'weight_wrong_alike'}
+        alike = {'right labels\n(by class)': 'weight_right_alike', 'wrong labels\n(by class)': 'weight_wrong_alike'}
         groups = [*o.classes.iloc[0], *(k for k,c in alike.items() if c in o and o[c].notna().any())]
         for k,scheme in enumerate(schemes):
             rows = o[o.scheme == scheme]
