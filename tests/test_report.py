@@ -1,6 +1,7 @@
 "The report's experiments on small folders in the layouts of the real ones: what is read when, and what comes out."
 import json, shutil, warnings
 from pathlib import Path
+from urllib.error import URLError
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 
@@ -215,3 +216,9 @@ def test_the_net_that_comes_in_a_package():
     body,(mean,std) = image_body('efficientnet_lite0')
     with torch.no_grad(): f = body.eval()(torch.zeros(1, 3, 64, 64))
     assert f.shape == (1, 1280, 2, 2) and f.abs().sum() > 0 and mean == std == [0.5]*3
+
+def test_without_a_network(monkeypatch, tmp_path):
+    def offline(url): raise URLError('no network')
+    monkeypatch.setattr(cifar10, 'untar_data', offline)
+    with pytest.raises(SystemExit, match="--path is not given, and CIFAR-10 can't be downloaded .*no network"): l2rw_cifar10(out=tmp_path/'out')
+    assert not (tmp_path/'out').exists()

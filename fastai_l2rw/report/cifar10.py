@@ -169,7 +169,8 @@ def l2rw_cifar10(
         subset,epochs,bs,seeds,jobs = 0.2,15,50,2,min(2, os.cpu_count() or 1)
     check_options(net=(net, nets), schedule=(schedule, schedules[:3]), precision=(precision, ('fp32', 'fp16', 'bf16')))
     check_counts(seeds=seeds, epochs=epochs, search_seeds=search_seeds, bs=bs, meta_per_class=meta_per_class, valid_per_class=valid_per_class, every=every, jobs=jobs)
-    path = Path(untar_data(URLs.CIFAR) if path is None else path).expanduser()
+    try: path = Path(untar_data(URLs.CIFAR) if path is None else path).expanduser()
+    except OSError as e: raise SystemExit(f"--path is not given, and CIFAR-10 can't be downloaded ({e}): give the folder with train/<class>/<image> and test/<class>/<image>") from None
     if not (path/'train').is_dir(): raise SystemExit(f'--path is {path}, but must be a folder with train/<class>/<image> and test/<class>/<image>')
     if cifar10n_labels is not None and not cifar10n_labels.is_file(): raise SystemExit(f'--cifar10n_labels is {cifar10n_labels}, but must be a file')
     options = dict(net=net, epochs=epochs, schedule=schedule, bs=bs, wd=wd, augment=bool(augment), subset=subset, meta_per_class=meta_per_class,
