@@ -68,7 +68,7 @@ MODELS = { # what makes it, its inputs, and the batch size
     'awd_lstm':      (awd_lstm, texts, 16),
     'tabular':       (lambda: TabularModel([(50, 10)]*6, 8, 10, [200, 100]), rows, 64),
 }
-DEPTHS = {f'resnet{k}': (torchvision_model(f'resnet{k}'), images(64), 16) for k in (18, 34, 50, 101, 152)} # for the growth table
+DEPTHS = {f'resnet{k} at 64': (torchvision_model(f'resnet{k}'), images(64), 16) for k in (18, 34, 50, 101, 152)} # for the growth table
 
 def setting(name, n=None, m_share=0.5, device='cpu'):
     "A model, three training batches and a trusted one, all the same every time, and a label for the table."

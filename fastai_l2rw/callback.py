@@ -9,6 +9,7 @@ __all__ = ['MetaReweightCallback']
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from inspect import signature
 
 import pandas as pd, torch
@@ -28,8 +29,8 @@ from fastcore.basics import store_attr
 
 from .lookahead import _bare, check_lookahead, virtual_step
 from .reweight import *
-from .reweight import _device, _generators
 from .robust import *
+from .shortcuts import _CaughtPass, _acts_on_others, _coupling_layer, _rows, _tail
 from .trusted import TrustedBatches, _describe, _plain, _shapes
 
 # %% ../nbs/01_callback.ipynb #20ad425b
@@ -97,73 +98,7 @@ def _not_finite_items(batch):
     bad = [~_finite(t).reshape(len(t), -1).all(1) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.numel()]
     return torch.stack(bad).any(0).nonzero().flatten().tolist() if bad else []
 
-# %% ../nbs/01_callback.ipynb #49dac244
-def _coupling_layer(model):
-    "Name and type of a layer that lets the examples of a batch act on each other, or on running means, if there is one of PyTorch's."
-    for k,m in model.named_modules():
-        if isinstance(m, nn.modules.batchnorm._NormBase) and (m.training and m.running_mean is not None or m.running_mean is None and isinstance(m, nn.modules.batchnorm._BatchNorm)):
-            return f'{k}, a {type(m).__name__} in {"training" if m.training else "evaluation"} mode'
-
-def _rows(x, rows, n):
-    "Those rows of all tensors in `x` that have `n` of them."
-    return tree_map_only(Tensor, lambda t: t[rows] if t.ndim and len(t) == n else t, x)
-
-def _acts_on_others(model, xb):
-    "Does what `model` makes of an example depend on the others in its batch?"
-    n = find_bs(xb)
-    def outputs(xb, seed=0, training=True):
-        with virtual_pass(model, seed), torch.no_grad():
-            if not training: model.eval()
-            return [o for o in tree_leaves(model(*xb)) if isinstance(o, Tensor) and o.is_floating_point()]
-    def differ(a, b): return any(len(o) >= len(p) and (o[:len(p)] - p).abs().max() > 0.01*p.abs().max() for o,p in zip(a, b) if o.ndim and p.numel())
-    whole,half = outputs(xb),_rows(xb, slice(max(n//2, 1)), n)
-    if not differ(whole, outputs(half)): return False
-    if differ(whole, outputs(xb, 1)): return differ(outputs(xb, training=False), outputs(half, training=False)) # dropout, which draws other masks for fewer items
-    return True
-
-# %% ../nbs/01_callback.ipynb #77ff3778
-def _tail(model, chosen):
-    "The modules at the end of `model`, in order, from the first on that has one of the parameters `chosen`, if that can be told."
-    tail,rest,module = [],[],model
-    while not any(p in chosen for p in module.parameters(recurse=False)):
-        children = list(module.children())
-        owners = [i for i,m in enumerate(children) if any(p in chosen for p in m.parameters())]
-        if not owners or not (type(module).forward is nn.Sequential.forward or len(owners) == 1 and not rest): break
-        rest = (children[owners[0] + 1:] if isinstance(module, nn.Sequential) else []) + rest
-        module = children[owners[0]]
-        tail = [module, *rest]
-    inside = {m for t in tail for m in t.modules()}
-    return [] if any(p in chosen for m in model.modules() if m not in inside for p in m._parameters.values()) else tail
-
-class _Caught:
-    "Catches, in the next pass through `model`, what its last modules `tail` are given and where the random streams stand then."
-    def __init__(self, model, tail):
-        self.tail,self.device,self.calls,self.sure = nn.Sequential(*tail) if len(tail) > 1 else tail[0],_device(model),0,False
-        self.hooks = [tail[0].register_forward_pre_hook(self._enter, with_kwargs=True), tail[-1].register_forward_hook(self._leave), model.register_forward_hook(self._end)]
-    def __reduce__(self): return _nothing,() # should a hook be left in a model that is saved
-    def _enter(self, module, args, kwargs):
-        self.calls,self.inputs,self.kwargs = self.calls + 1,args,kwargs
-        self.streams = _states(self.device)
-    def _leave(self, module, args, output): self.output = output
-    def _end(self, module, args, output):
-        "That is only of use if what the last modules give is what the model gives."
-        self.sure = self.calls == 1 and not self.kwargs and isinstance(output, Tensor) and output is self.output
-        self.remove()
-    def remove(self):
-        for hook in self.hooks: hook.remove()
-
-def _nothing(*args, **kwargs): pass
-
-def _states(device): return [g.get_state() for g in _generators(device)]
-
-@contextmanager
-def _at(states, device):
-    "Let the random streams stand where they stood then."
-    with forked_random(device):
-        for g,state in zip(_generators(device), states): g.set_state(state)
-        yield
-
-# %% ../nbs/01_callback.ipynb #ce827c0c
+# %% ../nbs/01_callback.ipynb #1b56e92f
 class MetaReweightCallback(Callback):
     "Weigh each training example, in each step, by how much learning from it lowers the loss on trusted examples (Ren et al. 2018, Algorithm 1)."
     order,run_valid = Recorder.order+5,False # after the Recorder has named its columns, before others (60) read the names
@@ -275,12 +210,12 @@ class MetaReweightCallback(Callback):
         with self._tidy():
             if self._trusted is None: self._begin() # a prediction in between has ended what it took for its own fit
             if self._last and all(_finite(t).all() for t in tree_leaves(self.xb) if isinstance(t, Tensor)): # otherwise say so before the training pass
-                self._caught = _Caught(self._bare_model(), self._last),_states(self._device())
+                self._caught = _CaughtPass(self._bare_model(), self._last)
             else: self._compute()
 
     def _compute(self):
         "Compute the weights, with the random streams where they stood before the Learner's pass."
-        with self._tidy(), _at(self._caught[1], self._device()) if self._caught else nullcontext():
+        with self._tidy(), self._caught.at_start() if self._caught else nullcontext():
             w = self._weights((_plain(self.xb), _plain(self.yb)))
         self._log(zero_weights=(w == 0).float().mean(), ess=effective_sample_size(w))
         if self.on_zero == 'uniform': w = torch.where(w.sum() == 0, 1/len(w), w)
@@ -376,7 +311,7 @@ class MetaReweightCallback(Callback):
         self._uncatch()
 
     def _uncatch(self):
-        if self._caught: self._caught[0].remove()
+        if self._caught: self._caught.remove()
         self._caught = None
 
     def _searching(self): return hasattr(self.learn, 'lr_finder') # is this no real training?
@@ -462,27 +397,15 @@ class MetaReweightCallback(Callback):
         losses = losses or (self._noted_losses if self.skip_zeros else self._training_losses)
         try:
             with _naming(lambda: self._where(batch)):
-                if self._caught: return self._caught_alignment(batch, direction, losses)
-                return alignment(self._bare_model(), losses, batch, direction, self._engine, self._autocast())
+                u = (self._caught.alignment if self._caught else partial(alignment, self._bare_model()))(losses, batch, direction, self._engine, self._autocast())
+                self._uncatch()
+                return u
         except NoForwardDerivative as e:
             if self.engine != 'auto': raise
             warnings.warn(f"{e.operator} has no forward-mode derivative in PyTorch, so the weights are computed by engine='reverse' "
                 "from now on: as exact, but slower and with more memory. Pass engine='reverse' to silence this.")
             self._engine = 'reverse'
             return self._alignment(batch, direction, losses)
-
-    def _caught_alignment(self, batch, direction, losses):
-        "The alignments of a batch that the Learner's pass has seen already, from what the last modules were given in it."
-        caught,states = self._caught
-        model,n = self._bare_model(),find_bs(batch[1])
-        if caught.sure and all(isinstance(o, Tensor) and o.ndim and len(o) == n for o in caught.inputs):
-            given = {p: direction[k] for k,p in model.named_parameters() if k in direction}
-            along = {k: given[p] for k,p in caught.tail.named_parameters() if p in given}
-            inputs = tuple(o.detach().as_subclass(Tensor).to(next(iter(along.values())).dtype) if o.is_floating_point() else o for o in caught.inputs)
-            model,batch,direction,states = caught.tail,(inputs, batch[1]),along,caught.streams
-        with _at(states, self._device()): u = alignment(model, losses, batch, direction, self._engine, self._autocast())
-        self._uncatch()
-        return u
 
     def _autocast(self):
         "The data type that the virtual passes are to run in, if it is not that of the model."

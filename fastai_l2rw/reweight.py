@@ -16,10 +16,10 @@ from functools import partial
 import numpy as np, torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .tangents import _Tangents
 
 # %% ../nbs/00_reweight.ipynb #e98c83e2
 def _generators(device):
@@ -215,23 +215,6 @@ def _missing_operator(error):
     "The operator that PyTorch could not differentiate in forward mode, or `None` if `error` says something else."
     if found := re.search(r'forward AD with (\S+) that', str(error)): return found[1]
     if 'autograd Function' in str(error) or 'autograd.Function' in str(error): return 'a custom torch.autograd.Function'
-
-def _batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    "`F.batch_norm` with tangents; by the batch's statistics, they come from the kernel for its gradient."
-    if not training or x.numel() == x.shape[1]: return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    (x,dx),(weight,dweight),(bias,dbias) = [(None, None) if o is None else forward_ad.unpack_dual(o) for o in (x, weight, bias)]
-    y,mean,scale = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
-    dy = torch.zeros_like(y) if dx is None else torch.ops.aten.native_batch_norm_backward(dx, x, weight, None, None, mean, scale, True, eps, [True, False, False])[0]
-    if dweight is not None or dbias is not None:
-        dweight,dbias = [torch.zeros_like(mean) if o is None else o for o in (dweight, dbias)]
-        dy += F.batch_norm(x, mean, scale**-2, dweight, dbias, eps=0.)
-    return forward_ad.make_dual(y, dy)
-
-class _Tangents(TorchFunctionMode):
-    "Lets tangents through batch norm faster, and makes `torch.no_grad` in a model stop them, as it stops gradients; forward mode alone would ignore it."
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = (_batch_norm if func is F.batch_norm else func)(*args, **(kwargs or {}))
-        return out if torch.is_grad_enabled() else tree_map_only(Tensor, lambda t: forward_ad.unpack_dual(t).primal, out)
 
 def _forward_alignment(losses, params, direction):
     "Directional derivatives of all losses in one pass with tangents."
