@@ -19,17 +19,17 @@ def _parts(*xs):
     return [(None, None) if x is None else tuple(forward_ad.unpack_dual(x)) for x in xs]
 
 # %% ../nbs/00d_tangents.ipynb #88e5d0e5
-def _linear(x, weight, bias=None):
-    "`F.linear` with tangents."
-    (x,dx),(weight,dweight),(bias,dbias) = _parts(x, weight, bias)
-    y = F.linear(x, weight, bias)
-    dy = None if dweight is None else F.linear(x, dweight, dbias)
-    if dx is not None:
-        if dy is None: dy = F.linear(dx, weight, dbias)
-        elif weight.ndim == 2 and dy.is_contiguous() and dy.dtype == dx.dtype == weight.dtype: dy.view(-1, dy.shape[-1]).addmm_(dx.reshape(-1, dx.shape[-1]), weight.T)
-        else: dy += F.linear(dx, weight)
-    elif dy is None and dbias is not None: dy = dbias.to(y.dtype).expand_as(y)
-    return y if dy is None else forward_ad.make_dual(y, dy)
+def _two_products(op):
+    "The rule for `op(x, weight, bias, ...)`, which is linear in its input and in its parameters."
+    def rule(x, weight, bias=None, *args, **kwargs):
+        (x0,dx),(w,dw),(b,db) = _parts(x, weight, bias)
+        if dx is None and dw is None: return op(x, weight, bias, *args, **kwargs)
+        y,dy = op(x0, w, b, *args, **kwargs),op(dx, w, db, *args, **kwargs) if dw is None else op(x0, dw, db, *args, **kwargs)
+        if dx is not None and dw is not None:
+            if op is F.linear and w.ndim == 2 and dy.is_contiguous() and dy.dtype == dx.dtype == w.dtype: dy.view(-1, len(w)).addmm_(dx.reshape(-1, dx.shape[-1]), w.T)
+            else: dy += op(dx, w, None, *args, **kwargs)
+        return forward_ad.make_dual(y, dy)
+    return rule
 
 # %% ../nbs/00d_tangents.ipynb #06c21eab
 def _batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
@@ -58,7 +58,7 @@ def _layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
     return forward_ad.make_dual(y, dy)
 
 # %% ../nbs/00d_tangents.ipynb #aae49d1c
-_rules = {F.linear: _linear, F.batch_norm: _batch_norm, F.layer_norm: _layer_norm}
+_rules = {op: _two_products(op) for op in (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d)} | {F.batch_norm: _batch_norm, F.layer_norm: _layer_norm}
 
 class _Tangents(TorchFunctionMode):
     "Applies the rules, and makes `torch.no_grad` in a model stop tangents, as it stops gradients; forward mode alone would ignore it."

@@ -1,0 +1,80 @@
+"""What an epoch of real training costs with example weights, as a ratio to a plain one.
+
+The cost of `skip_zeros` depends on how many weights are zero, which only training tells: the report's network learns
+CIFAR-10 with a dominant class, plainly and with the callback's options, each for itself. They take turns, an epoch
+each, in one process, and the ratio is that of each turn. Run from the repository root:
+
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/epoch_cost.py path/to/cifar10
+
+Without OMP_WAIT_POLICY, PyTorch's threads wait for each other by spinning, which makes the figures a matter of chance on
+a computer with other work to do.
+"""
+import json, os, platform, time
+from functools import partial
+from pathlib import Path
+
+import fastai, numpy as np, pandas as pd, torch
+from fastai.basics import Callback, Learner, SGD, set_seed
+from fastai.callback.progress import ProgressCallback
+from fastai.data.transforms import Normalize
+from fastai.losses import CrossEntropyLossFlat
+from fastai.vision.core import cifar_stats
+from fastcore.script import call_parse
+
+from fastai_l2rw.all import *
+from fastai_l2rw.report.cifar10 import report_cnn
+
+def head(model): return model[-1].parameters()
+
+OPTIONS = {'plain': None, 'exact': dict(), 'skip_zeros': dict(skip_zeros=True), 'every=4': dict(every=4), 'skip_zeros, every=4': dict(skip_zeros=True, every=4), 'params=head': dict(params=head)}
+BOUNDS = { # in plain epochs, for a ratio r = m/n and a share f of positive weights
+    'exact': lambda r, f: 2 + r, 'skip_zeros': lambda r, f: 1 + f + r, 'every=4': lambda r, f: 2 + r/4, 'skip_zeros, every=4': lambda r, f: 1 + f + r/4}
+
+class Timer(Callback):
+    "Times the training part of an epoch, without what comes before its first batch."
+    order,run_valid = 1000,False
+    def after_batch(self):
+        if self.iter == 0: self.start = time.perf_counter()
+    def after_train(self): self.seconds = time.perf_counter() - self.start
+
+def learner(dls, options):
+    set_seed(0)
+    learn = Learner(dls, report_cnn(10), loss_func=CrossEntropyLossFlat(), opt_func=partial(SGD, mom=0.9), cbs=[Timer(), *([] if options is None else [MetaReweightCallback(**options)])])
+    learn.remove_cbs(ProgressCallback)
+    return learn
+
+@call_parse
+def main(
+    path:Path, # Folder of CIFAR-10
+    dominance:float=0.9, # Share of the training set that one class makes up
+    bs:int=100, # Batch size; a trusted batch has 50 images
+    epochs:int=20, # Number of epochs that each is trained
+    lr:float=0.01, # Learning rate
+    out:Path=Path('results'), # Folder for the results
+):
+    "Compare epochs, and write results/epoch_cost.json and results/epoch_cost.md."
+    dls = cifar10_dls(path, dominance=dominance, meta_per_class=5, bs=bs, batch_tfms=[Normalize.from_stats(*cifar_stats)])
+    learners,rows = {k: learner(dls, o) for k,o in OPTIONS.items()},[]
+    for epoch in range(epochs):
+        for k,learn in learners.items():
+            with learn.no_logging(), learn.no_bar(): learn.fit(1, lr)
+            log = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+            rows.append(dict(epoch=epoch, variant=k, seconds=learn.timer.seconds, positive=1 - log.get('zero_weights', 0)))
+        print(f'epoch {epoch}:', {o['variant']: round(o['seconds'], 2) for o in rows[-len(learners):]}, flush=True)
+    df = pd.DataFrame(rows)
+    seconds,positive = [df.pivot(index='epoch', columns='variant', values=o) for o in ('seconds', 'positive')]
+    r,results = 50/bs,[]
+    for k in OPTIONS:
+        ratio,f = seconds[k]/seconds.plain,positive[k]
+        bound = BOUNDS[k](r, f) if k in BOUNDS else None
+        results.append(dict(variant=k, positive=round(float(f.mean()), 3), bound=None if bound is None else round(float(np.mean(bound)), 3),
+            ratio=[round(float(o), 3) for o in np.quantile(ratio, (0.25, 0.5, 0.75))], over_bound=None if bound is None else round(float((ratio/bound).median()), 3)))
+    machine = f'{os.cpu_count()} CPU cores ({platform.processor() or platform.machine()}), {torch.get_num_threads()} threads, torch {torch.__version__}, fastai {fastai.__version__}, Python {platform.python_version()}'
+    what = f"CIFAR-10, one class at {dominance:.0%}, the report's network, n = {bs}, m = 50, SGD with learning rate {lr}, {epochs} epochs of {len(dls.train)} steps"
+    lines = ['# What an epoch costs', '', f'`python benchmarks/epoch_cost.py ... --dominance {dominance} --bs {bs} --epochs {epochs} --lr {lr}`', f'on {machine}.', '',
+        f'{what}. Epochs over plain ones, medians (and quartiles) of {epochs} turns; f is the share of positive weights.', '', '| | f | time | bound | time over bound |', '|---|---|---|---|---|']
+    lines += [f"| {o['variant']} | {o['positive']:.2f} | {o['ratio'][1]:.2f} ({o['ratio'][0]:.2f} to {o['ratio'][2]:.2f}) | " + ('' if o['bound'] is None else f"{o['bound']:.2f}") + ' | ' + ('' if o['over_bound'] is None else f"{o['over_bound']:.2f}") + ' |' for o in results]
+    out.mkdir(exist_ok=True)
+    (out/'epoch_cost.json').write_text(json.dumps(dict(what=what, machine=machine, results=results), indent=1) + '\n')
+    (out/'epoch_cost.md').write_text('\n'.join(lines) + '\n')
+    print('\n'.join(lines))
