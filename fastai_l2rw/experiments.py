@@ -35,13 +35,15 @@ variants = {o: dict(scheme=o) for o in weighting_schemes} | {
     'reweighted uniform on zero': dict(scheme='reweighted', kwargs=dict(on_zero='uniform')),
     'reweighted opt': dict(scheme='reweighted', kwargs=dict(lookahead='opt')),
     'reweighted warm-up': dict(scheme='reweighted', kwargs=dict(start=5)),
+    'reweighted every 4': dict(scheme='reweighted', kwargs=dict(every=4)),
+    'reweighted head': dict(scheme='reweighted', head=True),
     'reweighted relative': dict(scheme='reweighted', kwargs=dict(relative=True)),
     'reweighted smooth': dict(scheme='reweighted', kwargs=dict(smooth=0.9)),
     'reweighted margin': dict(scheme='reweighted', kwargs=dict(margin=1.)),
     'robust not relative': dict(scheme='robust', kwargs=dict(relative=False)),
     'robust smooth': dict(scheme='robust', kwargs=dict(smooth=0.9)),
     'robust no margin': dict(scheme='robust', kwargs=dict(margin=0.)),
-} # by name: `scheme`; `kwargs` for `weighting_scheme`; `sampler`: draw the classes equally often; `alone`: train on nothing but the trusted items
+} # by name: `scheme`; `kwargs` for `weighting_scheme`; `sampler`: draw the classes equally often; `head`: look ahead along the last layer only; `alone`: train on nothing but the trusted items
 
 default_schemes = *weighting_schemes,'trusted alone'
 _learned = 'reweighted','robust','meta-weight-net'
@@ -112,6 +114,8 @@ def bare(
     "Take the wrapper of distributed training off."
     return getattr(model, 'module', model)
 
+def _last_layer(model): return [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))][-1].parameters()
+
 def train_variant(
     how:dict, # One of the values of `variants`
     dls:DataLoaders, # Training, validation and trusted items, and those to test on, if the model is to be tested
@@ -127,7 +131,8 @@ def train_variant(
     n_classes,vocab = len(dls.vocab),list(map(str, dls.vocab))
     valid_dl,meta_dl,*test_dl = dls.loaders[1:]
     if how.get('sampler'): dls = weighted_sampler(dls)
-    parts = weighting_scheme(how['scheme'], dls, meta_dl.new(bs=min(50, meta_dl.n), shuffle=True), **how.get('kwargs', {}))
+    options = how.get('kwargs', {}) | (dict(params=_last_layer) if how.get('head') else {})
+    parts = weighting_scheme(how['scheme'], dls, meta_dl.new(bs=min(50, meta_dl.n), shuffle=True), **options)
     set_seed(seed) # again, since schemes may have drawn
     watch = _Watch(valid_dl, n_classes, every)
     learn = make_learner(**parts)
