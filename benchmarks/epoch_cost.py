@@ -2,7 +2,8 @@
 
 The cost of `skip_zeros` depends on how many weights are zero, which only training tells: the report's network learns
 CIFAR-10 with a dominant class, plainly and with the callback's options, each for itself. They take turns, an epoch
-each, in one process, and the ratio is that of each turn. Run from the repository root:
+each, in one process, and the ratio is that of each turn. Another training, by the exact weights, tells how well those of
+the options that change them would have agreed with them in the same step. Run from the repository root:
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/epoch_cost.py path/to/cifar10
 
@@ -37,9 +38,22 @@ class Timer(Callback):
         if self.iter == 0: self.start = time.perf_counter()
     def after_train(self): self.seconds = time.perf_counter() - self.start
 
-def learner(dls, options):
+class Agreement(MetaReweightCallback):
+    "Trains by the exact weights, and notes how those along the head only, and those by a trusted gradient of up to three steps before, correlate with them."
+    def before_fit(self): super().before_fit(); self.steps,self.correlations = 0,{'params=head': [], 'every=4': []}
+    def _weights(self, batch):
+        at,pull_back = self._lookahead()
+        direction = pull_back(self._meta_gradient(at))
+        if self.steps % 4 == 0: self.kept = direction
+        self.steps += 1
+        last = list(direction)[-2:]
+        exact,along_head,kept = [normalise(rectify(self._alignment(batch, d))) for d in (direction, {k: direction[k] for k in last}, self.kept)]
+        for k,w in (('params=head', along_head), ('every=4', kept)): self.correlations[k].append(torch.corrcoef(torch.stack([exact, w]))[0, 1])
+        return exact
+
+def learner(dls, options, cls=MetaReweightCallback):
     set_seed(0)
-    learn = Learner(dls, report_cnn(10), loss_func=CrossEntropyLossFlat(), opt_func=partial(SGD, mom=0.9), cbs=[Timer(), *([] if options is None else [MetaReweightCallback(**options)])])
+    learn = Learner(dls, report_cnn(10), loss_func=CrossEntropyLossFlat(), opt_func=partial(SGD, mom=0.9), cbs=[Timer(), *([] if options is None else [cls(**options)])])
     learn.remove_cbs(ProgressCallback)
     return learn
 
@@ -61,6 +75,9 @@ def main(
             log = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
             rows.append(dict(epoch=epoch, variant=k, seconds=learn.timer.seconds, positive=1 - log.get('zero_weights', 0)))
         print(f'epoch {epoch}:', {o['variant']: round(o['seconds'], 2) for o in rows[-len(learners):]}, flush=True)
+    judge = learner(dls, {}, Agreement)
+    with judge.no_logging(), judge.no_bar(): judge.fit(epochs, lr)
+    correlations = {k: float(torch.stack(o).nanmean()) for k,o in judge.agreement.correlations.items()}
     df = pd.DataFrame(rows)
     seconds,positive = [df.pivot(index='epoch', columns='variant', values=o) for o in ('seconds', 'positive')]
     r,results = 50/bs,[]
@@ -68,12 +85,14 @@ def main(
         ratio,f = seconds[k]/seconds.plain,positive[k]
         bound = BOUNDS[k](r, f) if k in BOUNDS else None
         results.append(dict(variant=k, positive=round(float(f.mean()), 3), bound=None if bound is None else round(float(np.mean(bound)), 3),
-            ratio=[round(float(o), 3) for o in np.quantile(ratio, (0.25, 0.5, 0.75))], over_bound=None if bound is None else round(float((ratio/bound).median()), 3)))
+            ratio=[round(float(o), 3) for o in np.quantile(ratio, (0.25, 0.5, 0.75))], over_bound=None if bound is None else round(float((ratio/bound).median()), 3), correlation=correlations.get(k)))
     machine = f'{os.cpu_count()} CPU cores ({platform.processor() or platform.machine()}), {torch.get_num_threads()} threads, torch {torch.__version__}, fastai {fastai.__version__}, Python {platform.python_version()}'
     what = f"CIFAR-10, one class at {dominance:.0%}, the report's network, n = {bs}, m = 50, SGD with learning rate {lr}, {epochs} epochs of {len(dls.train)} steps"
     lines = ['# What an epoch costs', '', f'`python benchmarks/epoch_cost.py ... --dominance {dominance} --bs {bs} --epochs {epochs} --lr {lr}`', f'on {machine}.', '',
-        f'{what}. Epochs over plain ones, medians (and quartiles) of {epochs} turns; f is the share of positive weights.', '', '| | f | time | bound | time over bound |', '|---|---|---|---|---|']
-    lines += [f"| {o['variant']} | {o['positive']:.2f} | {o['ratio'][1]:.2f} ({o['ratio'][0]:.2f} to {o['ratio'][2]:.2f}) | " + ('' if o['bound'] is None else f"{o['bound']:.2f}") + ' | ' + ('' if o['over_bound'] is None else f"{o['over_bound']:.2f}") + ' |' for o in results]
+        f'{what}. Epochs over plain ones, medians (and quartiles) of {epochs} turns; f is the share of positive weights, correlation that with the exact weights of the same step, on average.', '',
+        '| | f | time | bound | time over bound | correlation |', '|---|---|---|---|---|---|']
+    number = lambda o: '' if o is None else f'{o:.2f}'
+    lines += [f"| {o['variant']} | {o['positive']:.2f} | {o['ratio'][1]:.2f} ({o['ratio'][0]:.2f} to {o['ratio'][2]:.2f}) | {number(o['bound'])} | {number(o['over_bound'])} | {number(o['correlation'])} |" for o in results]
     out.mkdir(exist_ok=True)
     (out/'epoch_cost.json').write_text(json.dumps(dict(what=what, machine=machine, results=results), indent=1) + '\n')
     (out/'epoch_cost.md').write_text('\n'.join(lines) + '\n')
