@@ -5,10 +5,7 @@ CIFAR-10 with a dominant class, plainly and with the callback's options, each fo
 each, in one process, and the ratio is that of each turn. Another training, by the exact weights, tells how well those of
 the options that change them would have agreed with them in the same step. Run from the repository root:
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/epoch_cost.py path/to/cifar10
-
-Without OMP_WAIT_POLICY, PyTorch's threads wait for each other by spinning, which makes the figures a matter of chance on
-a computer with other work to do.
+    python benchmarks/epoch_cost.py path/to/cifar10
 """
 import json, os, platform, time
 from functools import partial
@@ -64,9 +61,11 @@ def main(
     bs:int=100, # Batch size; a trusted batch has 50 images
     epochs:int=20, # Number of epochs that each is trained
     lr:float=0.01, # Learning rate
+    threads:int=1, # Number of threads; more do not pay for so small a network
     out:Path=Path('results'), # Folder for the results
 ):
     "Compare epochs, and write results/epoch_cost.json and results/epoch_cost.md."
+    torch.set_num_threads(threads)
     dls = cifar10_dls(path, dominance=dominance, meta_per_class=5, bs=bs, batch_tfms=[Normalize.from_stats(*cifar_stats)])
     learners,rows = {k: learner(dls, o) for k,o in OPTIONS.items()},[]
     for epoch in range(epochs):

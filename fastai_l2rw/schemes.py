@@ -155,7 +155,7 @@ class MetaWeightNetCallback(MetaReweightCallback):
 # %% ../nbs/01a_schemes.ipynb #14723580
 weighting_schemes = 'unweighted','weighted sampler','inverse frequency','effective number','focal','reweighted','robust','meta-weight-net'
 
-robust_options = dict(relative=True, margin=1.) # of `MetaReweightCallback`
+robust_options = dict(relative=True) # of `MetaReweightCallback`
 
 def weighting_scheme(
     scheme:str, # One of `weighting_schemes`

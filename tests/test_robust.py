@@ -128,6 +128,7 @@ def test_mixed_batches_train(make_learner):
 
 def test_preset():
     dls = make_dls()
+    assert weighting_scheme('robust', dls)['cbs'][0].relative
     got = weighting_scheme('robust', dls, margin=0.5)
     cb, = got['cbs']
     assert type(got['dls'].train).__name__ == 'WeightedDL' and (cb.relative, cb.smooth, cb.margin) == (True, 0., 0.5)

@@ -1,0 +1,52 @@
+"""What each option of the callback is worth on the demo's digits, at a small and at a large learning rate.
+
+The data are those of `l2rw_demo`: handwritten digits, one of them dominant, 35 % of the labels wrong, three trusted digits of each class.
+All options get the same splits, initial weights and numbers of steps. Run from the repository root (ten minutes on one core):
+
+    python benchmarks/options_digits.py
+"""
+from pathlib import Path
+
+import fastai, numpy as np, pandas as pd, torch
+from fastai.basics import Learner, set_seed
+from fastai.layers import ConvLayer
+from fastcore.script import call_parse
+from torch import nn
+
+from fastai_l2rw.all import *
+from fastai_l2rw.demo import digits_data
+from fastai_l2rw.experiments import variant_parts, variants
+
+NAMES = ('weighted sampler', 'reweighted', 'reweighted relative', 'reweighted smooth', 'reweighted margin', 'reweighted every 4', 'reweighted head', 'reweighted + sampler', 'robust', 'robust margin', 'robust margin smooth')
+
+def score(name, lr, seed, epochs):
+    "Balanced accuracy on test digits."
+    dls = digits_data(seed).dataloaders()
+    parts = variant_parts(variants[name], dls, dls.loaders[2])
+    set_seed(seed)
+    model = nn.Sequential(ConvLayer(1, 32), ConvLayer(32, 64, stride=2), ConvLayer(64, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    learn = Learner(model=model, metrics=BalancedAccuracy(), **parts)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(epochs, lr)
+        return learn.validate()[1]
+
+@call_parse
+def main(
+    seeds:int=3, # Number of seeds
+    epochs:int=40, # Number of epochs
+    lrs:str='0.003,0.01', # Learning rates, with commas between them
+    out:Path=Path('results'), # Folder for the result
+):
+    "Train by every option, and write results/options_digits.md."
+    table = {}
+    for name in NAMES:
+        for lr in map(float, lrs.split(',')):
+            a = 100*np.array([score(name, lr, seed, epochs) for seed in range(seeds)])
+            table.setdefault(f'learning rate {lr}', {})[name] = f'{a.mean():.1f} ± {a.std(ddof=1):.1f}' if seeds > 1 else f'{a.mean():.1f}'
+            print(name, lr, table[f'learning rate {lr}'][name], flush=True)
+    df = pd.DataFrame(table)
+    lines = ['# Options on the digits of the demo', '', f'`python benchmarks/options_digits.py --seeds {seeds} --epochs {epochs} --lrs {lrs}`',
+        f'with torch {torch.__version__}, fastai {fastai.__version__}.', '', f'Balanced accuracy on test digits in %, mean ± standard deviation over {seeds} seeds.', '',
+        '| | ' + ' | '.join(df) + ' |', '|---'*(1 + df.shape[1]) + '|', *('| ' + ' | '.join([i, *row]) + ' |' for i,row in zip(df.index, df.values))]
+    out.mkdir(exist_ok=True)
+    (out/'options_digits.md').write_text('\n'.join(lines) + '\n')
