@@ -1,7 +1,7 @@
 """What each option of the callback is worth on the demo's digits, at a small and at a large learning rate.
 
 The data are those of `l2rw_demo`: handwritten digits, one of them dominant, 35 % of the labels wrong, three trusted digits of each class.
-All options get the same splits, initial weights and numbers of steps. Run from the repository root (ten minutes on one core):
+All options get the same splits, initial weights and numbers of steps. Run from the repository root (about ten minutes on one core):
 
     python benchmarks/options_digits.py
 """
@@ -17,7 +17,7 @@ from fastai_l2rw.all import *
 from fastai_l2rw.demo import digits_data
 from fastai_l2rw.experiments import variant_parts, variants
 
-NAMES = ('weighted sampler', 'reweighted', 'reweighted relative', 'reweighted smooth', 'reweighted margin', 'reweighted every 4', 'reweighted head', 'reweighted + sampler', 'robust', 'robust margin', 'robust margin smooth')
+NAMES = ('weighted sampler', 'reweighted', 'reweighted + sampler', 'robust', 'robust margin', 'robust margin not relative', 'robust margin smooth')
 
 def score(name, lr, seed, epochs):
     "Balanced accuracy on test digits."
