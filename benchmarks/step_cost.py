@@ -19,7 +19,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import fastai, numpy as np, torch, torchvision
-from fastai.basics import Callback, DataLoaders, Learner, SGD, TrainEvalCallback, noop, set_seed
+from fastai.basics import Callback, DataLoaders, Learner, SGD, noop, set_seed
 from fastai.callback.progress import ProgressCallback
 from fastai.data.load import DataLoader
 from fastai.tabular.model import TabularModel
