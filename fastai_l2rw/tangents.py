@@ -36,6 +36,7 @@ def _batch_norm(x, running_mean, running_var, weight=None, bias=None, training=F
     "`F.batch_norm` with tangents, if it goes by the batch's statistics."
     if not training or x.numel() == x.shape[1]: return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     (x,dx),(weight,dweight),(bias,dbias) = _parts(x, weight, bias)
+    if dx is None and dweight is None and dbias is None: return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     y,mean,scale = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
     dy = torch.zeros_like(y) if dx is None else torch.ops.aten.native_batch_norm_backward(dx, x, weight, None, None, mean, scale, True, eps, [True, False, False])[0]
     if dweight is not None or dbias is not None:
@@ -47,6 +48,7 @@ def _layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
     "`F.layer_norm` with tangents."
     if torch.is_autocast_enabled(x.device.type): return F.layer_norm(x, normalized_shape, weight, bias, eps)
     (x,dx),(weight,dweight),(bias,dbias) = _parts(x, weight, bias)
+    if dx is None and dweight is None and dbias is None: return F.layer_norm(x, normalized_shape, weight, bias, eps)
     y,mean,scale = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
     dy = torch.zeros_like(y)
     if dx is not None:
