@@ -30,6 +30,7 @@ from fastcore.basics import store_attr
 from .lookahead import _bare, check_lookahead, virtual_step
 from .reweight import *
 from .robust import *
+from .shared import _SharedPass, _shareable
 from .shortcuts import _CaughtPass, _acts_on_others, _coupling_layer, _rows, _tail
 from .trusted import TrustedBatches, _describe, _plain, _shapes
 
@@ -103,16 +104,18 @@ class MetaReweightCallback(Callback):
     "Weigh each training example, in each step, by how much learning from it lowers the loss on trusted examples (Ren et al. 2018, Algorithm 1)."
     order,run_valid = Recorder.order+5,False # after the Recorder has named its columns, before others (60) read the names
     remove_on_fetch = True # as the Recorder, whose log it adds to
-    _stateattrs = ('meta_dl','_trusted','_meta_grad','_meta_batch','_example_weights','_epoch_stats','_epoch_means','_weight_log','_running','_whole','_noted','_caught') # none of it is exported
+    _stateattrs = ('meta_dl','_trusted','_meta_grad','_meta_batch','_example_weights','_epoch_stats','_epoch_means','_weight_log','_running','_whole','_noted','_caught','_direction','_agrees') # none of it is exported
     _kept = None
-    meta_dl = _trusted = _meta_grad = _meta_batch = _example_weights = _epoch_stats = _epoch_means = _running = _norms = _whole = _noted = _caught = None
+    meta_dl = _trusted = _meta_grad = _meta_batch = _example_weights = _epoch_stats = _epoch_means = _running = _norms = _whole = _noted = _caught = _direction = _agrees = None
+    _may_share = False
+    _by_alignment = True # are the weights made of the alignments along one direction?
     _weight_log = ()
 
     def __init__(self,
         meta_dl:DataLoader|torch.utils.data.DataLoader|Iterable|None=None, # Loader of trusted, labelled batches; default: the third of `learn.dls`
         *,
         params:Callable|None=None, # `params(model)` gives the parameters to look ahead along; default: all that the optimizer moves
-        engine:str='auto', # 'forward', 'reverse', or 'auto': 'forward' as long as the model's operators allow it
+        engine:str='auto', # 'forward', 'reverse', or 'auto': the Learner's own pass as long as that gives the same weights, else 'forward' if the model's operators allow it
         lookahead:str='sgd', # Look ahead along a step of plain SGD ('sgd', as in the paper) or of the Learner's own optimizer ('opt')
         every:int=1, # Number of steps for which the gradient on a trusted batch is used
         start:int=0, # Number of epochs of plain training before the reweighting begins, in each fit
@@ -180,6 +183,7 @@ class MetaReweightCallback(Callback):
     def _begin(self):
         self._groups = self._find_groups()
         self._last = self._find_tail()
+        self._may_share = self._find_shareable()
         if self.skip_zeros: self._check_skippable()
         self._n_weighed,self._epoch_stats = 0,dict(meta_loss=[], zero_weights=[], ess=[])
         if self._trusted is not None: return self._trusted.begin(self.epoch)
@@ -204,14 +208,21 @@ class MetaReweightCallback(Callback):
 
     def _weigh_batch(self):
         "Compute the weights of the batch."
-        self._example_weights = self._whole = self._noted = None
+        self._example_weights = self._whole = self._noted = self._direction = None
         self._uncatch()
         if self.epoch < self.start: return
         with self._tidy():
             if self._trusted is None: self._begin() # a prediction in between has ended what it took for its own fit
-            if self._last and all(_finite(t).all() for t in tree_leaves(self.xb) if isinstance(t, Tensor)): # otherwise say so before the training pass
+            if self._may_share and self._agrees is not False: self._watch()
+            elif self._last and all(_finite(t).all() for t in tree_leaves(self.xb) if isinstance(t, Tensor)): # otherwise say so before the training pass
                 self._caught = _CaughtPass(self._bare_model(), self._last)
             else: self._compute()
+
+    def _watch(self):
+        "Have the weights come from the Learner's own pass; those of the first batch are computed both ways, to see whether they agree."
+        self._direction = self._next_direction() # now, while the graph of the Learner's pass is not in memory
+        expected = None if self._agrees else self._alignment((_plain(self.xb), _plain(self.yb)), self._direction)
+        self._caught = _SharedPass(self._bare_model(), list(self._groups), expected)
 
     def _compute(self):
         "Compute the weights, with the random streams where they stood before the Learner's pass."
@@ -248,13 +259,19 @@ class MetaReweightCallback(Callback):
 
     def _weights(self, batch):
         "The weights of a batch."
+        direction,self._direction = self._direction or self._next_direction(),None
+        u = self._alignment(batch, direction, self._measured_losses if self.relative else None)
+        self._check_finite(u, batch)
+        return self._weights_from(u)
+
+    def _next_direction(self):
+        "The direction of the next look-ahead."
         at,pull_back = self._lookahead()
         if self._n_weighed % self.every == 0: self._meta_grad = self._meta_gradient(at)
         self._n_weighed += 1
-        u = self._alignment(batch, pull_back(self._meta_grad), self._measured_losses if self.relative else None)
-        self._check_finite(u, batch)
+        gradient = self._meta_grad
         if self.every == 1: self._meta_grad = None # its memory is better used by the training step
-        return self._weights_from(u)
+        return pull_back(gradient)
 
     def _measured_losses(self, pred, *yb):
         "The losses of the items; the lengths of their gradients are noted on the way."
@@ -307,7 +324,8 @@ class MetaReweightCallback(Callback):
 
     def _let_go(self):
         "Drop the trusted batches and the tensors of the last step."
-        self._trusted = self._meta_batch = self._meta_grad = self._example_weights = self._epoch_stats = self._epoch_means = self._whole = self._noted = None
+        self._agrees = None
+        self._trusted = self._meta_batch = self._meta_grad = self._example_weights = self._epoch_stats = self._epoch_means = self._whole = self._noted = self._direction = None
         self._uncatch()
 
     def _uncatch(self):
@@ -366,6 +384,11 @@ class MetaReweightCallback(Callback):
         if self.params is None or self.skip_zeros or isinstance(self.model, nn.DataParallel): return []
         return _tail(self._bare_model(), set(self._params().values()))
 
+    def _find_shareable(self):
+        "May the weights come from the graph of the Learner's own pass, to begin with?"
+        return (self.engine == 'auto' and self._by_alignment and not self.skip_zeros and not isinstance(self.model, nn.DataParallel)
+            and _shareable(self._bare_model()))
+
     def _params(self): return {k: p for k,p in self._bare_model().named_parameters() if k in self._groups}
 
     def _lookahead(self, gradient=None):
@@ -398,6 +421,7 @@ class MetaReweightCallback(Callback):
         try:
             with _naming(lambda: self._where(batch)):
                 u = (self._caught.alignment if self._caught else partial(alignment, self._bare_model()))(losses, batch, direction, self._engine, self._autocast())
+                if isinstance(self._caught, _SharedPass) and self._caught.expected is not None: self._agrees = self._caught.agrees
                 self._uncatch()
                 return u
         except NoForwardDerivative as e:

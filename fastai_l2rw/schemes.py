@@ -70,6 +70,7 @@ def weighted_sampler(
 # %% ../nbs/01a_schemes.ipynb #8b2251a6
 class MetaWeightNetCallback(MetaReweightCallback):
     "Weigh each training example by a function of its loss, which is learned on trusted examples (Meta-Weight-Net, Shu et al. 2019, Algorithm 1)."
+    _by_alignment = False
     def __init__(self,
         meta_dl:DataLoader|torch.utils.data.DataLoader|Iterable|None=None, # Loader of trusted, labelled batches; default: the third of `learn.dls`
         *,

@@ -63,14 +63,31 @@ def _at(states, device):
         yield
 
 def _nothing(*args, **kwargs): pass
+def _no_hook(): return _nothing
 
-class _CaughtPass:
-    "The next pass through `model`: what its last modules `tail` are given in it, and where the random streams stand before it and there."
+class _Hook:
+    "Calls `act`; in a copy of the model, and when that is saved, it does nothing."
+    def __init__(self, act): self.act = act
+    def __call__(self, *args): return self.act(*args)
+    def __reduce__(self): return _no_hook,()
+
+class _WatchedPass:
+    "The next pass through `model`, with hooks in it, and where the random streams stand before it."
+    def __init__(self, model):
+        self.model,self.device,self.calls,self.sure = model,_device(model),0,False
+        self.start,self.hooks = _states(self.device),[]
+    def remove(self):
+        for hook in self.hooks: hook.remove()
+    def at_start(self):
+        "Let the random streams stand where they stood before the pass."
+        return _at(self.start, self.device)
+
+class _CaughtPass(_WatchedPass):
+    "The next pass through `model`: what its last modules `tail` are given in it, and where the random streams stand there."
     def __init__(self, model, tail):
-        self.model,self.tail,self.device,self.calls,self.sure = model,nn.Sequential(*tail) if len(tail) > 1 else tail[0],_device(model),0,False
-        self.start = _states(self.device)
-        self.hooks = [tail[0].register_forward_pre_hook(self._enter, with_kwargs=True), tail[-1].register_forward_hook(self._leave), model.register_forward_hook(self._end)]
-    def __reduce__(self): return _nothing,() # should a hook be left in a model that is saved
+        super().__init__(model)
+        self.tail = nn.Sequential(*tail) if len(tail) > 1 else tail[0]
+        self.hooks = [tail[0].register_forward_pre_hook(_Hook(self._enter), with_kwargs=True), tail[-1].register_forward_hook(_Hook(self._leave)), model.register_forward_hook(_Hook(self._end))]
     def _enter(self, module, args, kwargs):
         self.calls,self.inputs,self.kwargs = self.calls + 1,args,kwargs
         self.streams = _states(self.device)
@@ -79,11 +96,6 @@ class _CaughtPass:
         "That is only of use if what the last modules give is what the model gives."
         self.sure = self.calls == 1 and not self.kwargs and isinstance(output, Tensor) and output is self.output
         self.remove()
-    def remove(self):
-        for hook in self.hooks: hook.remove()
-    def at_start(self):
-        "Let the random streams stand where they stood before the pass."
-        return _at(self.start, self.device)
     def alignment(self, loss_func, batch, direction, *args):
         "As `alignment` gives it for the model and the batch of the pass; through the last modules only, if that is the same."
         model,states = self.model,self.start

@@ -21,9 +21,9 @@ def _parts(*xs):
 # %% ../nbs/00d_tangents.ipynb #88e5d0e5
 def _two_products(op):
     "The rule for `op(x, weight, bias, ...)`, which is linear in its input and in its parameters."
-    def rule(x, weight, bias=None, *args, **kwargs):
-        (x0,dx),(w,dw),(b,db) = _parts(x, weight, bias)
-        if dx is None and dw is None: return op(x, weight, bias, *args, **kwargs)
+    def rule(input, weight, bias=None, *args, **kwargs):
+        (x0,dx),(w,dw),(b,db) = _parts(input, weight, bias)
+        if dx is None and dw is None: return op(input, weight, bias, *args, **kwargs)
         y,dy = op(x0, w, b, *args, **kwargs),op(dx, w, db, *args, **kwargs) if dw is None else op(x0, dw, db, *args, **kwargs)
         if dx is not None and dw is not None:
             if op is F.linear and w.ndim == 2 and dy.is_contiguous() and dy.dtype == dx.dtype == w.dtype: dy.view(-1, len(w)).addmm_(dx.reshape(-1, dx.shape[-1]), w.T)
@@ -32,8 +32,9 @@ def _two_products(op):
     return rule
 
 # %% ../nbs/00d_tangents.ipynb #06c21eab
-def _batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     "`F.batch_norm` with tangents, if it goes by the batch's statistics."
+    x = input
     if not training or x.numel() == x.shape[1]: return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     (x,dx),(weight,dweight),(bias,dbias) = _parts(x, weight, bias)
     if dx is None and dweight is None and dbias is None: return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -44,8 +45,9 @@ def _batch_norm(x, running_mean, running_var, weight=None, bias=None, training=F
         dy += F.batch_norm(x, mean, scale**-2, dweight, dbias, eps=0.)
     return forward_ad.make_dual(y, dy)
 
-def _layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
+def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     "`F.layer_norm` with tangents."
+    x = input
     if torch.is_autocast_enabled(x.device.type): return F.layer_norm(x, normalized_shape, weight, bias, eps)
     (x,dx),(weight,dweight),(bias,dbias) = _parts(x, weight, bias)
     if dx is None and dweight is None and dbias is None: return F.layer_norm(x, normalized_shape, weight, bias, eps)

@@ -16,7 +16,7 @@ import fastai_l2rw.callback
 from fastai_l2rw.all import *
 from fastai_l2rw.callback import _WeighBatch
 from fastai_l2rw.lookahead import virtual_step
-from conftest import tensors
+from conftest import tensors, unwatched
 
 def torch_opt(name, **kwargs): return partial(OptimWrapper, opt=getattr(torch.optim, name), **kwargs)
 
@@ -114,16 +114,20 @@ class Literal(Callback):
         state = getattr(self.opt, 'opt', self.opt).state
         params = {k: p for k,p in self.model.named_parameters() if p.requires_grad}
         leaves = {k: p.detach().clone().requires_grad_() for k,p in params.items()}
-        losses = per_item(functional_call(self.model, leaves, tuple(self.xb)), *self.yb)
+        with unwatched(self.model): losses = per_item(functional_call(self.model, leaves, tuple(self.xb)), *self.yb)
         epsilon = torch.zeros_like(losses, requires_grad=True)
         gradient = torch.autograd.grad((epsilon*losses).sum(), list(leaves.values()), create_graph=True)
         ahead = {k: self.formula(leaves[k].detach(), g, state.get(p, {}), hypers[p]) for (k,p),g in zip(params.items(), gradient)}
         (xm,),(ym,) = cb._meta_batch
-        u = -torch.autograd.grad(per_item(functional_call(self.model, ahead, xm), ym).mean(), epsilon)[0]
-        torch.testing.assert_close(cb._example_weights, normalise(rectify(u)), rtol=1e-4, atol=1e-6)
+        with unwatched(self.model):
+            u = -torch.autograd.grad(per_item(functional_call(self.model, ahead, xm), ym).mean(), epsilon)[0]
+            self.plain = example_weights(self.model, per_item, (self.xb, self.yb), cb._meta_batch, list(params), {k: hypers[p]['lr'] for k,p in params.items()})
+        self.expected = normalise(rectify(u))
+    def after_loss(self):
+        got = self.learn.meta_reweight._example_weights
+        torch.testing.assert_close(got, self.expected, rtol=1e-4, atol=1e-6)
         self.compared += 1
-        plain = example_weights(self.model, per_item, (self.xb, self.yb), cb._meta_batch, list(params), {k: hypers[p]['lr'] for k,p in params.items()})
-        self.differs += not torch.allclose(cb._example_weights, plain, rtol=1e-3, atol=1e-6)
+        self.differs += not torch.allclose(got, self.plain, rtol=1e-3, atol=1e-6)
 
 def learner(opt_func, path, cbs=(), frozen=False):
     set_seed(0)
@@ -156,7 +160,7 @@ def test_every_pulls_an_old_gradient_back_through_the_new_state(tmp_path, monkey
     original,aligned = meta_gradient,alignment
     monkeypatch.setattr(fastai_l2rw.callback, 'meta_gradient', lambda *args: (gradients.append(original(*args)), gradients[-1])[1])
     monkeypatch.setattr(fastai_l2rw.callback, 'alignment', lambda m, f, b, v, *more: (directions.append(v), aligned(m, f, b, v, *more))[1])
-    learn = learner(fo.Adam, tmp_path, [cb := MetaReweightCallback(lookahead='opt', every=2)])
+    learn = learner(fo.Adam, tmp_path, [cb := MetaReweightCallback(lookahead='opt', every=2, engine='forward')])
     pulled = []
     def expect(self): pulled.append(virtual_step(self.opt, dict(self.model.named_parameters()))[1](gradients[(self.iter + 1)//2 + 2*self.epoch - (self.iter == 1)][0]))
     learn.add_cb(Callback(before_batch=lambda self: expect(self) if self.training else None))
@@ -176,14 +180,14 @@ def test_with_gradient_accumulation(tmp_path, opt_func):
             params = dict(self.model.named_parameters())
             gathered = {k: torch.zeros_like(p) if p.grad is None else p.grad for k,p in params.items()}
             self.learn.with_gradient += any(g.any() for g in gathered.values())
-            epsilon = torch.zeros(8, dtype=torch.float64)
             (xm,),(ym,) = cb._meta_batch
             def meta_loss(i, h): # along the gradient of item i
                 g = torch.autograd.grad(per_item(self.model(*self.xb), *self.yb)[i], list(params.values()))
                 ahead = stepped(self.opt, params, {k: gathered[k] + h*o for k,o in zip(params, g)})
                 return per_item(functional_call(self.model, ahead, xm), ym).mean().detach()
-            u = torch.stack([-(meta_loss(i, 1e-7) - meta_loss(i, -1e-7))/2e-7 for i in range(8)])
-            torch.testing.assert_close(cb._example_weights, normalise(rectify(u)), rtol=2e-3, atol=1e-5)
+            with unwatched(self.model): u = torch.stack([-(meta_loss(i, 1e-7) - meta_loss(i, -1e-7))/2e-7 for i in range(8)])
+            self.expected = normalise(rectify(u))
+        def after_loss(self): torch.testing.assert_close(self.learn.meta_reweight._example_weights, self.expected, rtol=2e-3, atol=1e-5)
     learn = learner(opt_func, tmp_path, [MetaReweightCallback(lookahead='opt'), GradientAccumulation(16), Compare()])
     learn.with_gradient = 0
     learn.fit(1, 0.01); learn.fit(1, 0.01)

@@ -63,7 +63,7 @@ def test_relative_with_several_outputs_and_targets(make_learner):
         found = []
         class Note(Callback):
             order = 100
-            def before_batch(self):
+            def after_loss(self):
                 if self.training: found.append(self.learn.meta_reweight._example_weights)
         learn.fit(1, 1e-6, cbs=Note())
         return torch.cat(found)
