@@ -30,8 +30,8 @@ from fastcore.basics import store_attr
 from .lookahead import _bare, check_lookahead, virtual_step
 from .reweight import *
 from .robust import *
-from .shared import _SharedPass, _shareable
-from .shortcuts import _CaughtPass, _acts_on_others, _coupling_layer, _rows, _tail
+from .shared import _SharedPass, _compiled, _to_compare
+from .shortcuts import _acts_on_others, _coupling_layer, _rows
 from .trusted import TrustedBatches, _describe, _plain, _shapes
 
 # %% ../nbs/01_callback.ipynb #20ad425b
@@ -107,7 +107,7 @@ class MetaReweightCallback(Callback):
     _stateattrs = ('meta_dl','_trusted','_meta_grad','_meta_batch','_example_weights','_epoch_stats','_epoch_means','_weight_log','_running','_whole','_noted','_caught','_direction','_agrees') # none of it is exported
     _kept = None
     meta_dl = _trusted = _meta_grad = _meta_batch = _example_weights = _epoch_stats = _epoch_means = _running = _norms = _whole = _noted = _caught = _direction = _agrees = None
-    _may_share = False
+    _may_share,_n_watched = False,0
     _by_alignment = True # are the weights made of the alignments along one direction?
     _weight_log = ()
 
@@ -182,7 +182,6 @@ class MetaReweightCallback(Callback):
 
     def _begin(self):
         self._groups = self._find_groups()
-        self._last = self._find_tail()
         self._may_share = self._find_shareable()
         if self.skip_zeros: self._check_skippable()
         self._n_weighed,self._epoch_stats = 0,dict(meta_loss=[], zero_weights=[], ess=[])
@@ -213,15 +212,15 @@ class MetaReweightCallback(Callback):
         if self.epoch < self.start: return
         with self._tidy():
             if self._trusted is None: self._begin() # a prediction in between has ended what it took for its own fit
-            if self._may_share and self._agrees is not False: self._watch()
-            elif self._last and all(_finite(t).all() for t in tree_leaves(self.xb) if isinstance(t, Tensor)): # otherwise say so before the training pass
-                self._caught = _CaughtPass(self._bare_model(), self._last)
+            if (self._may_share and self._agrees is not False
+                and all(_finite(t).all() for t in tree_leaves(self.xb) if isinstance(t, Tensor))): self._watch() # otherwise say so before the Learner's pass
             else: self._compute()
 
     def _watch(self):
-        "Have the weights come from the Learner's own pass; those of the first batch are computed both ways, to see whether they agree."
+        "Have the weights come from the Learner's own pass; now and then they are computed both ways, to see whether they agree."
         self._direction = self._next_direction() # now, while the graph of the Learner's pass is not in memory
-        expected = None if self._agrees else self._alignment((_plain(self.xb), _plain(self.yb)), self._direction)
+        expected = self._alignment((_plain(self.xb), _plain(self.yb)), self._direction) if _to_compare(self._n_watched) else None
+        self._n_watched += 1
         self._caught = _SharedPass(self._bare_model(), list(self._groups), expected)
 
     def _compute(self):
@@ -324,7 +323,7 @@ class MetaReweightCallback(Callback):
 
     def _let_go(self):
         "Drop the trusted batches and the tensors of the last step."
-        self._agrees = None
+        self._agrees,self._n_watched = None,0
         self._trusted = self._meta_batch = self._meta_grad = self._example_weights = self._epoch_stats = self._epoch_means = self._whole = self._noted = self._direction = None
         self._uncatch()
 
@@ -379,15 +378,10 @@ class MetaReweightCallback(Callback):
         raise ValueError('there is no parameter to look ahead along: ' + ('all parameters of the optimizer are frozen' if self.params is None
             else 'params(learn.model) gives none that the optimizer moves; are they frozen?'))
 
-    def _find_tail(self):
-        "The last modules, if the look-ahead goes along parameters of theirs only, so that it can start from what the Learner's own pass gives them."
-        if self.params is None or self.skip_zeros or isinstance(self.model, nn.DataParallel): return []
-        return _tail(self._bare_model(), set(self._params().values()))
-
     def _find_shareable(self):
         "May the weights come from the graph of the Learner's own pass, to begin with?"
         return (self.engine == 'auto' and self._by_alignment and not self.skip_zeros and not isinstance(self.model, nn.DataParallel)
-            and _shareable(self._bare_model()))
+            and not _compiled(self._bare_model()))
 
     def _params(self): return {k: p for k,p in self._bare_model().named_parameters() if k in self._groups}
 
@@ -421,12 +415,12 @@ class MetaReweightCallback(Callback):
         try:
             with _naming(lambda: self._where(batch)):
                 u = (self._caught.alignment if self._caught else partial(alignment, self._bare_model()))(losses, batch, direction, self._engine, self._autocast())
-                if isinstance(self._caught, _SharedPass) and self._caught.expected is not None: self._agrees = self._caught.agrees
+                if self._caught and self._caught.expected is not None: self._agrees = self._caught.agrees
                 self._uncatch()
                 return u
         except NoForwardDerivative as e:
             if self.engine != 'auto': raise
-            warnings.warn(f"{e.operator} has no forward-mode derivative in PyTorch, so the weights are computed by engine='reverse' "
+            warnings.warn(f"{e.operator} has no forward-mode derivative in PyTorch, so engine='reverse' takes the place of 'forward' "
                 "from now on: as exact, but slower and with more memory. Pass engine='reverse' to silence this.")
             self._engine = 'reverse'
             return self._alignment(batch, direction, losses)

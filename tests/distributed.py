@@ -1,8 +1,8 @@
-"Run by test_callbacks.py in two processes: training with DistributedDataParallel, reweighted. Writes what each process has into a folder."
+"Run by test_callbacks.py in two processes: training with DistributedDataParallel, reweighted, with or without batch norm. Writes what each process has into a folder."
 import sys
 from pathlib import Path
 import torch
-from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, noop, set_seed
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, noop, set_seed
 from torch.distributed import destroy_process_group, get_rank, init_process_group
 from fastai_l2rw.all import MetaReweightCallback
 from conftest import cnn, images, labels, make_dls, tensors, train
@@ -11,8 +11,9 @@ init_process_group('gloo')
 own = train[get_rank()::2] # fastai's own loader for this needs GPUs
 dls = DataLoaders(tensors(images[own], torch.tensor(labels[own])), make_dls().valid)
 set_seed(0)
-learn = Learner(dls, torch.nn.parallel.DistributedDataParallel(cnn()), loss_func=CrossEntropyLossFlat(), cbs=MetaReweightCallback(make_dls().loaders[2]))
-with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
+learn = Learner(dls, torch.nn.parallel.DistributedDataParallel(cnn(bn=sys.argv[2] == 'batch norm')), loss_func=CrossEntropyLossFlat(), cbs=MetaReweightCallback(make_dls().loaders[2]))
+agreed = []
+with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2, cbs=Callback(after_loss=lambda self: agreed.append(self.meta_reweight._agrees) if self.training else None))
 parameters = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
-torch.save((parameters, torch.cat([w for _,_,w in learn.meta_reweight._weight_log])), Path(sys.argv[1])/f'{get_rank()}.pt')
+torch.save((parameters, torch.cat([w for _,_,w in learn.meta_reweight._weight_log]), agreed), Path(sys.argv[1])/f'{get_rank()}.pt')
 destroy_process_group()
