@@ -64,6 +64,12 @@ class _WeighBatch(Callback):
     def __init__(self, reweight): self.reweight = reweight
     def before_batch(self): self.reweight._weigh_batch()
 
+class _WatchPass(Callback):
+    "Waits for the Learner's own pass when no callback can come between any more."
+    order,run_valid = 10000,False
+    def __init__(self, reweight): self.reweight = reweight
+    def before_batch(self): self.reweight._watch()
+
 class _WeighLoss(Callback):
     "Puts the weighted loss in the place of the mean loss, before any other callback sees it."
     order,run_valid = -100,False
@@ -104,9 +110,9 @@ class MetaReweightCallback(Callback):
     "Weigh each training example, in each step, by how much learning from it lowers the loss on trusted examples (Ren et al. 2018, Algorithm 1)."
     order,run_valid = Recorder.order+5,False # after the Recorder has named its columns, before others (60) read the names
     remove_on_fetch = True # as the Recorder, whose log it adds to
-    _stateattrs = ('meta_dl','_trusted','_meta_grad','_meta_batch','_example_weights','_epoch_stats','_epoch_means','_weight_log','_running','_whole','_noted','_caught','_direction','_agrees') # none of it is exported
+    _stateattrs = ('meta_dl','_trusted','_meta_grad','_meta_batch','_example_weights','_epoch_stats','_epoch_means','_weight_log','_running','_whole','_noted','_caught','_direction','_expected','_agrees') # none of it is exported
     _kept = None
-    meta_dl = _trusted = _meta_grad = _meta_batch = _example_weights = _epoch_stats = _epoch_means = _running = _norms = _whole = _noted = _caught = _direction = _agrees = None
+    meta_dl = _trusted = _meta_grad = _meta_batch = _example_weights = _epoch_stats = _epoch_means = _running = _norms = _whole = _noted = _caught = _direction = _expected = _agrees = None
     _may_share,_n_watched = False,0
     _by_alignment = True # are the weights made of the alignments along one direction?
     _weight_log = ()
@@ -143,7 +149,7 @@ class MetaReweightCallback(Callback):
         store_attr(but='meta_dl') # which also keeps what it stores a second time, in what is exported
         self.meta_dl,self._was_given = meta_dl,meta_dl is not None
         self._engine = 'forward' if engine == 'auto' else engine
-        self._companions = _WeighBatch(self),_WeighLoss(self)
+        self._companions = _WeighBatch(self),_WatchPass(self),_WeighLoss(self)
 
     @property
     def learn(self):
@@ -207,21 +213,21 @@ class MetaReweightCallback(Callback):
 
     def _weigh_batch(self):
         "Compute the weights of the batch."
-        self._example_weights = self._whole = self._noted = self._direction = None
+        self._example_weights = self._whole = self._noted = self._direction = self._expected = None
         self._uncatch()
         if self.epoch < self.start: return
         with self._tidy():
             if self._trusted is None: self._begin() # a prediction in between has ended what it took for its own fit
-            if (self._may_share and self._agrees is not False
-                and all(_finite(t).all() for t in tree_leaves(self.xb) if isinstance(t, Tensor))): self._watch() # otherwise say so before the Learner's pass
-            else: self._compute()
+            if not self._may_share or self._agrees is False: return self._compute()
+            self._direction = self._next_direction() # now, while the graph of the Learner's pass is not in memory
+            self._expected = self._alignment((_plain(self.xb), _plain(self.yb)), self._direction) if _to_compare(self._n_watched) else None
+            self._n_watched += 1
 
     def _watch(self):
         "Have the weights come from the Learner's own pass; now and then they are computed both ways, to see whether they agree."
-        self._direction = self._next_direction() # now, while the graph of the Learner's pass is not in memory
-        expected = self._alignment((_plain(self.xb), _plain(self.yb)), self._direction) if _to_compare(self._n_watched) else None
-        self._n_watched += 1
-        self._caught = _SharedPass(self._bare_model(), list(self._groups), expected)
+        if self._direction is None: return
+        self._caught = _SharedPass(self._bare_model(), list(self._groups), self.xb, self._expected)
+        self._expected = None
 
     def _compute(self):
         "Compute the weights, with the random streams where they stood before the Learner's pass."
@@ -231,7 +237,16 @@ class MetaReweightCallback(Callback):
         if self.on_zero == 'uniform': w = torch.where(w.sum() == 0, 1/len(w), w)
         if self.record and not self._searching(): self._weight_log.append((self.epoch, self._batch_items(len(w)), w*len(w)))
         self._example_weights = w
+        self._uncatch()
         if self.skip_zeros: self._leave_out(w)
+
+    def _compute_from_pass(self):
+        "Compute the weights from the Learner's pass; if that fails, the model's buffers are as before the pass."
+        caught = self._caught
+        try: self._compute()
+        except BaseException:
+            caught.restore()
+            raise
 
     def _leave_out(self, w):
         "Let the Learner's pass run on the examples with a positive weight only; on two at least, since some models fail on one."
@@ -294,7 +309,7 @@ class MetaReweightCallback(Callback):
 
     def _weigh_loss(self):
         "Weigh the losses of the batch, which has been predicted by now."
-        if self._caught: self._compute()
+        if self._caught: self._compute_from_pass()
         if self._example_weights is None: return
         losses = self._training_losses(self.pred, *self.yb)
         w,scale = (self._example_weights,_scale(losses, self.loss_grad)) if self._whole is None else (self._example_weights[self._whole[0]],self._noted[1])
@@ -324,7 +339,7 @@ class MetaReweightCallback(Callback):
     def _let_go(self):
         "Drop the trusted batches and the tensors of the last step."
         self._agrees,self._n_watched = None,0
-        self._trusted = self._meta_batch = self._meta_grad = self._example_weights = self._epoch_stats = self._epoch_means = self._whole = self._noted = self._direction = None
+        self._trusted = self._meta_batch = self._meta_grad = self._example_weights = self._epoch_stats = self._epoch_means = self._whole = self._noted = self._direction = self._expected = None
         self._uncatch()
 
     def _uncatch(self):
@@ -416,7 +431,6 @@ class MetaReweightCallback(Callback):
             with _naming(lambda: self._where(batch)):
                 u = (self._caught.alignment if self._caught else partial(alignment, self._bare_model()))(losses, batch, direction, self._engine, self._autocast())
                 if self._caught and self._caught.expected is not None: self._agrees = self._caught.agrees
-                self._uncatch()
                 return u
         except NoForwardDerivative as e:
             if self.engine != 'auto': raise
@@ -441,6 +455,7 @@ class MetaReweightCallback(Callback):
     def _check_finite(self, u, batch):
         "Raise `FloatingPointError` if an alignment is not finite, before the training pass spreads that, and say where it comes from."
         if u.isfinite().all(): return
+        if self._caught: self._caught.restore() # what is not finite by the pass does not explain it
         if self._searching(): raise CancelFitException() # lr_find raises the learning rate until it has gone too far
         state = [k for k,t in self._bare_model().state_dict().items() if not _finite(t).all()]
         if state: raise FloatingPointError(f'the model holds NaN or infinite values, in {state[0]} and {len(state) - 1} other parameters or buffers: '

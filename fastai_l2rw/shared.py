@@ -187,27 +187,35 @@ def _to_compare(n): return n == 0 or 4**((n.bit_length() - 1)//2) == n # 1, 4, 1
 def _compiled(model): return any(getattr(m, '_compiled_call_impl', None) or hasattr(m, '_orig_mod') for m in model.modules())
 
 class _SharedPass:
-    "The next pass through `model`, which gives alignments along parameters `names`; `expected` are those, if they are known and are to be compared."
-    def __init__(self, model, names, expected=None):
-        self.model,self.names,self.expected,self.agrees,self.calls,self.tape,self.sure = model,names,expected,None,0,None,False
-        self.start,self.device = _states(_device(model)),_device(model)
+    "The next pass of `model` on `inputs`, which gives alignments along parameters `names`; `expected` are those, if they are known and are to be compared."
+    def __init__(self, model, names, inputs, expected=None):
+        self.model,self.names,self.inputs,self.expected,self.agrees,self.tape,self.sure = model,names,inputs,expected,None,None,False
+        self.device,self.within = _device(model),False
+        self.start,self.buffers = _states(self.device),[(o, o.clone()) for o in model.buffers()]
         self.hooks = [model.register_forward_pre_hook(_Hook(self._enter)), model.register_forward_hook(_Hook(self._leave), always_call=True)]
 
     def _enter(self, module, args):
-        self.calls += 1
-        if self.calls > 1 or torch.is_autocast_enabled(self.device.type): return
+        if self.within or torch.is_autocast_enabled(self.device.type) or not torch.is_grad_enabled() or any(a is not b for a,b in zip(args, self.inputs)): return
         self.tape,self.within = _Tape(self.model, self.names),True
         self.tape.__enter__()
 
     def _leave(self, module, args, output):
-        if self.tape and self.within: self.tape.__exit__(None, None, None)
-        self.within,self.output = False,output
-        self.sure = self.calls == 1 and self.tape is not None and self.tape.sure
+        if self.within: self.tape.__exit__(None, None, None)
+        self.sure,self.within,self.output = self.within and self.tape.sure,False,output
+        self._unhook()
+
+    def _unhook(self):
+        for hook in self.hooks: hook.remove()
 
     def remove(self):
-        "Take the hooks off the model, and let the activations go."
-        for hook in self.hooks: hook.remove()
-        self.tape = self.output = None
+        "Take the hooks off the model, if it had no pass, and let the activations go."
+        self._unhook()
+        self.tape = self.output = self.inputs = None
+
+    @torch.no_grad()
+    def restore(self):
+        "Put the buffers back to where they were before the pass."
+        for buffer,before in self.buffers: buffer.copy_(before)
 
     @contextmanager
     def at_start(self):

@@ -274,7 +274,7 @@ def test_every_takes_a_new_gradient_at_the_first_step_and_every_kth(make_learner
     for name in ('meta_gradient', 'alignment'):
         original = getattr(fastai_l2rw.callback, name)
         monkeypatch.setattr(fastai_l2rw.callback, name, lambda *a, name=name, original=original: (events.append(name[0]), original(*a))[1])
-    learn = make_learner(MetaReweightCallback(every=3)); learn.fit(1)
+    learn = make_learner(MetaReweightCallback(every=3, engine='forward')); learn.fit(1)
     assert ''.join(events) == 'maaamaa'[:len(events)] and len(events) == len(learn.dls.train) + 2
 
 def test_start_tries_a_trusted_batch_at_once(make_learner):

@@ -215,7 +215,7 @@ def test_what_the_first_batch_hides(tmp_path):
 
 def test_it_is_compared_again(tmp_path, monkeypatch):
     steps = []
-    monkeypatch.setattr(fastai_l2rw.callback, '_SharedPass', lambda model, names, expected: (steps.append(expected is not None), _SharedPass(model, names, expected))[1])
+    monkeypatch.setattr(fastai_l2rw.callback, '_SharedPass', lambda model, names, inputs, expected: (steps.append(expected is not None), _SharedPass(model, names, inputs, expected))[1])
     for _ in range(2):
         fit(tmp_path, SHARED['plain CNN'], epochs=7)
         assert [i for i,compared in enumerate(steps) if compared] == [0, 1, 4, 16]
@@ -229,12 +229,13 @@ def test_the_model_runs_once_less(tmp_path):
     assert calls(engine='forward') - calls() == 1 # three steps, the first two of which are compared
 
 def test_a_second_pass_in_a_step(tmp_path):
-    "A callback has the model run on something else first: its pass is not taken for the Learner's."
+    "A callback has the model run on something else before and after: its pass is not taken for the Learner's."
     class Peek(Callback):
         order,run_valid = 200,False
         def before_batch(self): self.model(torch.zeros_like(self.x))
+        def after_pred(self): self.model(torch.zeros_like(self.x))
     a,b = [fit(tmp_path, lambda: nn.Sequential(body()[:3], nn.Flatten(), nn.Linear(288, 3)), Peek(), engine=engine) for engine in ('auto', 'forward')]
-    assert not any(a.note.agreed)
+    assert all(a.note.agreed)
     assert_same(a, b)
 
 def test_a_pass_that_becomes_unsure_later(tmp_path):
@@ -285,6 +286,19 @@ def test_nan_is_named_before_the_optimizer_steps(make_learner):
     with pytest.raises(FloatingPointError, match=r'batch 1 of the training loader .* in its item\(s\) \[3\]'): learn.fit(1, cbs=Callback(before_batch=poison))
     assert all(p.isfinite().all() for p in learn.model.state_dict().values())
 
+def test_an_error_after_the_pass_leaves_the_buffers(make_learner):
+    learn = make_learner(MetaReweightCallback())
+    states = []
+    with pytest.MonkeyPatch.context() as patch:
+        def weights_from(u):
+            if learn.iter == 2: raise KeyboardInterrupt
+            return normalise(rectify(u))
+        patch.setattr(learn.meta_reweight, '_weights_from', weights_from)
+        cb = Callback(before_batch=lambda self: states.append(deepcopy(self.model.state_dict())))
+        with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=cb)
+    for k,v in learn.model.state_dict().items(): assert torch.equal(v, states[-1][k]), k
+    assert len(states) == 3 and not torch.equal(states[0]['0.0.1.running_mean'], states[2]['0.0.1.running_mean'])
+
 def test_nothing_of_a_step_is_kept(make_learner):
     "The graph of a pass dies with its step, not when Python collects cycles."
     graphs = []
@@ -325,10 +339,13 @@ def test_activations_are_let_go(make_learner):
 
 def test_a_copy_of_a_watched_model_is_not_watched():
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
-    watched = _SharedPass(model, ['0.weight','0.bias'])
     x = torch.randn(2, 4)
+    watched = _SharedPass(model, ['0.weight','0.bias'], (x,))
     for copy in (deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(copy(x), model[1](model[0](x))) and watched.calls == 0
+        assert torch.equal(copy(x), model[1](model[0](x))) and not watched.sure
+    model(torch.randn(2, 4))
+    assert not watched.sure
+    watched = _SharedPass(model, ['0.weight','0.bias'], (x,))
     model(x)
-    assert watched.calls == 1 and watched.sure
+    assert watched.sure and not model._forward_hooks
     watched.remove()
