@@ -68,7 +68,9 @@ def _follow_batch_norm(out, input, running_mean, running_var, weight=None, bias=
         dx,dw,db = map(dict(zip(given, tangents)).get, 'xwb')
         dy = torch.zeros_like(x) if dx is None else torch.ops.aten.native_batch_norm_backward(dx, x, w, None, None, mean, scale, True, eps, [True, False, False])[0]
         if dw is None and db is None: return dy
-        return dy.add_(F.batch_norm(x, mean, scale**-2, *[torch.zeros_like(mean) if o is None else o for o in (dw, db)], eps=0.))
+        by = lambda o: o.view(1, -1, *[1]*(x.ndim - 2))
+        slope = torch.zeros_like(mean) if dw is None else scale*dw
+        return dy.addcmul_(x, by(slope)).add_(by((0 if db is None else db) - mean*slope)) # in place: tangents share the memory with the Learner's graph
     return follow
 
 def _follow_max_pool(out, *args, **kwargs):
@@ -88,6 +90,7 @@ def _follow_dropout(out, *args, **kwargs):
     node = _node(out)
     if type(node).__name__ == 'MulBackward0': return lambda dx: node(dx)[0]
     if type(node).__name__ == 'NativeDropoutBackward0': return lambda dx: node(dx)
+    raise NotImplementedError # its mask can't be had
 
 _elementwise = {f'{o}Backward{i}' for o in ('Silu','Gelu','Hardswish','Hardsigmoid','Hardtanh','LeakyRelu','Elu','Mish','Sigmoid','Tanh') for i in (0, 1)}
 _following = ({op: _follow_linear(op) for op in (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d)} | {torch.max_pool2d: _follow_max_pool, F.max_pool2d: _follow_max_pool, F.batch_norm: _follow_batch_norm}
@@ -128,11 +131,12 @@ class _Tape(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        given = list(_tensors((args, kwargs))) if self.sure else []
+        if not self.sure: return func(*args, **kwargs)
+        given = [*_tensors(args), *_tensors(kwargs.values())]
         numbers = [self.number.get(t) for t in given]
         foreign = self.all and any(k is None and t.grad_fn is not None for k,t in zip(numbers, given))
         if not foreign and all(k is None for k in numbers): return func(*args, **kwargs)
-        states,versions = _states(self.device),[t._version for t in given]
+        states,versions = func not in _following and _states(self.device),[t._version for t in given]
         out = func(*args, **kwargs)
         try: self._note(func, args, kwargs, given, numbers, states, versions, out, foreign)
         except Exception: self.sure = False # the model goes on in any case
@@ -163,7 +167,7 @@ class _Tape(TorchFunctionMode):
 
     def _again(self, func, args, kwargs, states, given):
         "The tangents of the results of a call, by PyTorch."
-        _set(states, self.device)
+        if states: _set(states, self.device)
         each = iter(given)
         def dual(t):
             t,tangent = t.clone() if id(t) in self.buffers else t,next(each) # it may change them
