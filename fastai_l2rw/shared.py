@@ -20,7 +20,7 @@ from .reweight import _device, _generators, _n_items, _plain_kernels, _tuple, al
 from .tangents import _Tangents, _rules
 
 # %% ../nbs/00f_shared.ipynb #1bbad859
-def _plain(x): return tree_map_only(Tensor, lambda t: t.detach().as_subclass(Tensor), x)
+def _plain(x): return x.detach().as_subclass(Tensor) if isinstance(x, Tensor) else x
 
 def _node(out):
     "The graph's node for the operator that gave `out`."
@@ -121,6 +121,7 @@ class _Tape(TorchFunctionMode):
         super().__init__()
         self.model,self.device,self.sure,self.calls,self.number,self.n = model,_device(model),True,[],WeakTensorKeyDictionary(),0
         self.buffers,params = {id(o) for o in model.buffers()},dict(model.named_parameters())
+        names = set(names)
         self.names = [k for k in params if k in names]
         for k in self.names: self._add(params[k])
         self.all = all(k in names for k,p in params.items() if p.requires_grad)
