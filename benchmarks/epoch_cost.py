@@ -26,7 +26,7 @@ def head(model): return model[-1].parameters()
 
 OPTIONS = {'plain': None, 'exact': dict(), 'skip_zeros': dict(skip_zeros=True), 'every=4': dict(every=4), 'skip_zeros, every=4': dict(skip_zeros=True, every=4), 'params=head': dict(params=head)}
 BOUNDS = { # in plain epochs, for a ratio r = m/n and a share f of positive weights
-    'exact': lambda r, f: 2 + r, 'skip_zeros': lambda r, f: 1 + f + r, 'every=4': lambda r, f: 2 + r/4, 'skip_zeros, every=4': lambda r, f: 1 + f + r/4}
+    'exact': lambda r, f: 5/3 + r, 'skip_zeros': lambda r, f: 1 + f + r, 'every=4': lambda r, f: 5/3 + r/4, 'skip_zeros, every=4': lambda r, f: 1 + f + r/4}
 
 class Timer(Callback):
     "Times the training part of an epoch, without what comes before its first batch."

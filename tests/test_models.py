@@ -2,7 +2,7 @@
 import warnings
 
 import numpy as np, pandas as pd, pytest, torch
-from fastai.basics import CategoryBlock, DataBlock, DataLoaders, Learner, noop, set_seed
+from fastai.basics import Callback, CategoryBlock, DataBlock, DataLoaders, Learner, noop, set_seed
 from fastai.callback.all import ProgressCallback
 from fastai.losses import CrossEntropyLossFlat
 from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
@@ -157,6 +157,8 @@ LEARNERS = {
     'DataParallel': lambda: plain(nn.DataParallel(tv.resnet18(num_classes=3))),
 }
 
+OTHER_ENGINE = 'unet_learner','unet_learner, self-attention','text_classifier_learner','torchvision EfficientNet','DataParallel' # tangents can't follow the Learner's own pass there
+
 @pytest.mark.parametrize('engine', ['auto', 'reverse'])
 @pytest.mark.parametrize('name', LEARNERS)
 def test_weights_in_a_fit(name, engine, tmp_path):
@@ -167,10 +169,16 @@ def test_weights_in_a_fit(name, engine, tmp_path):
     text = any(type(cb).__name__ == 'RNNCallback' for cb in learn.cbs)
     with warnings.catch_warnings():
         warnings.filterwarnings('error', module='fastai_l2rw') # a normal run has no warning of ours
-        learn.fit(1, 1e-3, cbs=[reweight := MetaReweightCallback(engine=engine), oracle := Oracle((lambda out, y: text_losses(out, y)) if text else per_item)])
+        learn.fit(1, 1e-3, cbs=[reweight := MetaReweightCallback(engine=engine), oracle := Oracle((lambda out, y: text_losses(out, y)) if text else per_item), noted := Agreed()])
+    assert set(noted.agreed) == {True} if engine == 'auto' and name not in OTHER_ENGINE else not any(noted.agreed)
     assert oracle.compared >= 2 and oracle.positive and oracle.varied
     assert reweight._engine == ('reverse' if engine == 'reverse' else 'forward')
     assert all(p.isfinite().all() for p in learn.model.parameters())
+
+class Agreed(Callback):
+    run_valid = False
+    def before_fit(self): self.agreed = []
+    def after_loss(self): self.agreed.append(self.learn.meta_reweight._agrees)
 
 def text_losses(out, y):
     pred = out[0]
