@@ -74,7 +74,7 @@ def main(
             log = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
             rows.append(dict(epoch=epoch, variant=k, seconds=learn.timer.seconds, positive=1 - log.get('zero_weights', 0)))
         print(f'epoch {epoch}:', {o['variant']: round(o['seconds'], 2) for o in rows[-len(learners):]}, flush=True)
-    judge = learner(dls, {}, Agreement)
+    judge = learner(dls, dict(engine='forward'), Agreement)
     with judge.no_logging(), judge.no_bar(): judge.fit(epochs, lr)
     correlations = {k: float(torch.stack(o).nanmean()) for k,o in judge.agreement.correlations.items()}
     df = pd.DataFrame(rows)
