@@ -50,7 +50,7 @@ def cnn():
 
 def awd_lstm():
     config = awd_lstm_clas_config | {k: 0. for k in awd_lstm_clas_config if k.endswith('_p')}
-    return First(get_text_classifier(AWD_LSTM, 5000, 10, config=config, drop_mult=0., seq_len=40, max_len=40, ps=[0., 0.], lin_ftrs=[50]))
+    return First(get_text_classifier(AWD_LSTM, 5000, 10, config=config, drop_mult=0., seq_len=40, max_len=40, ps=[0.], lin_ftrs=[50]))
 
 def vit_small():
     import timm
