@@ -68,9 +68,9 @@ def _follow_batch_norm(out, input, running_mean, running_var, weight=None, bias=
         dx,dw,db = map(dict(zip(given, tangents)).get, 'xwb')
         dy = torch.zeros_like(x) if dx is None else torch.ops.aten.native_batch_norm_backward(dx, x, w, None, None, mean, scale, True, eps, [True, False, False])[0]
         if dw is None and db is None: return dy
-        by = lambda o: o.view(1, -1, *[1]*(x.ndim - 2))
-        slope = torch.zeros_like(mean) if dw is None else scale*dw
-        return dy.addcmul_(x, by(slope)).add_(by((0 if db is None else db) - mean*slope)) # in place: tangents share the memory with the Learner's graph
+        dw,db = [torch.zeros_like(mean) if o is None else o for o in (dw, db)]
+        for part,of in zip(dy.chunk(4), x.chunk(4)): part += F.batch_norm(of, mean, scale**-2, dw, db, eps=0.) # little memory: the Learner's graph is there, too
+        return dy
     return follow
 
 def _follow_max_pool(out, *args, **kwargs):
