@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 import torch
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, noop, set_seed
-from torch.distributed import destroy_process_group, get_rank, init_process_group
+from torch.distributed import barrier, destroy_process_group, get_rank, init_process_group
 from fastai_l2rw.all import MetaReweightCallback
 from conftest import cnn, images, labels, make_dls, tensors, train
 
@@ -16,4 +16,5 @@ agreed = []
 with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2, cbs=Callback(after_loss=lambda self: agreed.append(self.meta_reweight._agrees) if self.training else None))
 parameters = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
 torch.save((parameters, torch.cat([w for _,_,w in learn.meta_reweight._weight_log]), agreed), Path(sys.argv[1])/f'{get_rank()}.pt')
+barrier() # a process that is gone before the other has let go of it makes that abort now and then
 destroy_process_group()
