@@ -226,7 +226,7 @@ class MetaReweightCallback(Callback):
     def _watch(self):
         "Have the weights come from the Learner's own pass; now and then they are computed both ways, to see whether they agree."
         if self._direction is None: return
-        self._caught = _SharedPass(self._bare_model(), list(self._groups), self.xb, self._expected)
+        self._caught = _SharedPass(self._bare_model(), self._groups, self.xb, self._expected)
         self._expected = None
 
     def _compute(self):

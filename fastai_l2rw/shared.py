@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .reweight import _device, _generators, _n_items, _plain_kernels, _tuple, alignment, forked_random, item_losses
-from .tangents import _Tangents, _rules
+from .tangents import _Tangents, _batch_norm_tangent, _linear_tangent, _rules
 
 # %% ../nbs/00f_shared.ipynb #1bbad859
 def _plain(x): return x.detach().as_subclass(Tensor) if isinstance(x, Tensor) else x
@@ -30,15 +30,8 @@ def _node(out):
 
 def _follow_linear(op):
     def rule(out, input, weight, bias=None, *args, **kwargs):
-        x,w,has_bias = _plain(input),_plain(weight),bias is not None
-        def follow(dx, dw, db=None):
-            first,second = (x, dw) if dw is not None else (dx if dx is not None else torch.zeros_like(x), w)
-            dy = op(first, second, db if has_bias else None, *args, **kwargs)
-            if dx is None or dw is None: return dy
-            if op is F.linear and w.ndim == 2 and dy.is_contiguous() and dy.dtype == dx.dtype == w.dtype: dy.view(-1, len(w)).addmm_(dx.reshape(-1, dx.shape[-1]), w.T)
-            else: dy += op(dx, w, None, *args, **kwargs)
-            return dy
-        return follow
+        x,w = _plain(input),_plain(weight)
+        return lambda dx, dw, db=None: _linear_tangent(op, x, w, dx, dw, db, *args, **kwargs)
     return rule
 
 def _follow_sum(out, a, b):
@@ -65,12 +58,7 @@ def _follow_batch_norm(out, input, running_mean, running_var, weight=None, bias=
     x,w,mean,scale = _plain(input),_plain(weight),node._saved_result1,node._saved_result2
     given = [k for k,o in dict(x=input, m=running_mean, v=running_var, w=weight, b=bias).items() if o is not None]
     def follow(*tangents):
-        dx,dw,db = map(dict(zip(given, tangents)).get, 'xwb')
-        dy = torch.zeros_like(x) if dx is None else torch.ops.aten.native_batch_norm_backward(dx, x, w, None, None, mean, scale, True, eps, [True, False, False])[0]
-        if dw is None and db is None: return dy
-        dw,db = [torch.zeros_like(mean) if o is None else o for o in (dw, db)]
-        for part,of in zip(dy.chunk(4), x.chunk(4)): part += F.batch_norm(of, mean, scale**-2, dw, db, eps=0.) # little memory: the Learner's graph is there, too
-        return dy
+        return _batch_norm_tangent(x, w, mean, scale, eps, *map(dict(zip(given, tangents)).get, 'xwb'))
     return follow
 
 def _follow_max_pool(out, *args, **kwargs):
@@ -90,7 +78,6 @@ def _follow_dropout(out, *args, **kwargs):
     node = _node(out)
     if type(node).__name__ == 'MulBackward0': return lambda dx: node(dx)[0]
     if type(node).__name__ == 'NativeDropoutBackward0': return lambda dx: node(dx)
-    raise NotImplementedError # its mask can't be had
 
 _elementwise = {f'{o}Backward{i}' for o in ('Silu','Gelu','Hardswish','Hardsigmoid','Hardtanh','LeakyRelu','Elu','Mish','Sigmoid','Tanh') for i in (0, 1)}
 _following = ({op: _follow_linear(op) for op in (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d)} | {torch.max_pool2d: _follow_max_pool, F.max_pool2d: _follow_max_pool, F.batch_norm: _follow_batch_norm}
@@ -121,7 +108,6 @@ class _Tape(TorchFunctionMode):
         super().__init__()
         self.model,self.device,self.sure,self.calls,self.number,self.n = model,_device(model),True,[],WeakTensorKeyDictionary(),0
         self.buffers,params = {id(o) for o in model.buffers()},dict(model.named_parameters())
-        names = set(names)
         self.names = [k for k in params if k in names]
         for k in self.names: self._add(params[k])
         self.all = all(k in names for k,p in params.items() if p.requires_grad)
@@ -137,7 +123,8 @@ class _Tape(TorchFunctionMode):
         numbers = [self.number.get(t) for t in given]
         foreign = self.all and any(k is None and t.grad_fn is not None for k,t in zip(numbers, given))
         if not foreign and all(k is None for k in numbers): return func(*args, **kwargs)
-        states,versions = func not in _following and _states(self.device),[t._version for t in given]
+        random = _following.get(func, _follow_dropout) is _follow_dropout # it may be, for all that is known
+        states,versions = random and _states(self.device),[t._version for t in given]
         out = func(*args, **kwargs)
         try: self._note(func, args, kwargs, given, numbers, states, versions, out, foreign)
         except Exception: self.sure = False # the model goes on in any case

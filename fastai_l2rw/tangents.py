@@ -19,19 +19,31 @@ def _parts(*xs):
     return [(None, None) if x is None else tuple(forward_ad.unpack_dual(x)) for x in xs]
 
 # %% ../nbs/00d_tangents.ipynb #88e5d0e5
+def _linear_tangent(op, x, w, dx, dw, db, *args, **kwargs):
+    "Tangent of `op(x, w, b, ...)`; `None` stands for a tangent of zero."
+    dy = op(x, dw, db, *args, **kwargs) if dw is not None else op(torch.zeros_like(x) if dx is None else dx, w, db, *args, **kwargs)
+    if dx is None or dw is None: return dy
+    if op is F.linear and w.ndim == 2 and dy.is_contiguous() and dy.dtype == dx.dtype == w.dtype: dy.view(-1, len(w)).addmm_(dx.reshape(-1, dx.shape[-1]), w.T)
+    else: dy += op(dx, w, None, *args, **kwargs)
+    return dy
+
 def _two_products(op):
     "The rule for `op(x, weight, bias, ...)`, which is linear in its input and in its parameters."
     def rule(input, weight, bias=None, *args, **kwargs):
         (x0,dx),(w,dw),(b,db) = _parts(input, weight, bias)
         if dx is None and dw is None: return op(input, weight, bias, *args, **kwargs)
-        y,dy = op(x0, w, b, *args, **kwargs),op(dx, w, db, *args, **kwargs) if dw is None else op(x0, dw, db, *args, **kwargs)
-        if dx is not None and dw is not None:
-            if op is F.linear and w.ndim == 2 and dy.is_contiguous() and dy.dtype == dx.dtype == w.dtype: dy.view(-1, len(w)).addmm_(dx.reshape(-1, dx.shape[-1]), w.T)
-            else: dy += op(dx, w, None, *args, **kwargs)
-        return forward_ad.make_dual(y, dy)
+        return forward_ad.make_dual(op(x0, w, b, *args, **kwargs), _linear_tangent(op, x0, w, dx, dw, db, *args, **kwargs))
     return rule
 
 # %% ../nbs/00d_tangents.ipynb #06c21eab
+def _batch_norm_tangent(x, weight, mean, scale, eps, dx, dweight, dbias):
+    "Tangent of batch norm, given the batch's `mean` and one over its standard deviation, `scale`; `None` stands for a tangent of zero."
+    dy = torch.zeros_like(x) if dx is None else torch.ops.aten.native_batch_norm_backward(dx, x, weight, None, None, mean, scale, True, eps, [True, False, False])[0]
+    if dweight is None and dbias is None: return dy
+    dweight,dbias = [torch.zeros_like(mean) if o is None else o for o in (dweight, dbias)]
+    for part,of in zip(dy.chunk(4), x.chunk(4)): part += F.batch_norm(of, mean, scale**-2, dweight, dbias, eps=0.) # in parts, for less memory
+    return dy
+
 def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     "`F.batch_norm` with tangents, if it goes by the batch's statistics."
     x = input
@@ -39,11 +51,7 @@ def _batch_norm(input, running_mean, running_var, weight=None, bias=None, traini
     (x,dx),(weight,dweight),(bias,dbias) = _parts(x, weight, bias)
     if dx is None and dweight is None and dbias is None: return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     y,mean,scale = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
-    dy = torch.zeros_like(y) if dx is None else torch.ops.aten.native_batch_norm_backward(dx, x, weight, None, None, mean, scale, True, eps, [True, False, False])[0]
-    if dweight is not None or dbias is not None:
-        dweight,dbias = [torch.zeros_like(mean) if o is None else o for o in (dweight, dbias)]
-        dy += F.batch_norm(x, mean, scale**-2, dweight, dbias, eps=0.)
-    return forward_ad.make_dual(y, dy)
+    return forward_ad.make_dual(y, _batch_norm_tangent(x, weight, mean, scale, eps, dx, dweight, dbias))
 
 def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     "`F.layer_norm` with tangents."
