@@ -81,6 +81,12 @@ def _set_parameters(model, values):
     values = {p: values[k] if k in values else p.detach() for k,p in named.items()}
     for m in model.modules(): m._parameters.update({k: values[p] for k,p in m._parameters.items() if p is not None})
 
+def _check_replaceable(model):
+    "Refuse compiled modules, in which no other values can be put in the places of the parameters."
+    for k,m in model.named_modules():
+        if isinstance(m, torch.jit.ScriptModule): raise TypeError(f"the model{k and f', in {k!r},'} is a torch.jit.ScriptModule, whose parameters can't be looked ahead along: "
+            'train the model that it was made from, and script that when it is trained')
+
 def _unsync(modules):
     "Let batch norms that work across processes do so within theirs."
     for m in modules:
@@ -109,7 +115,8 @@ def virtual_pass(
     seed:int|None=None, # Seed for its random layers; `None` goes on from where the caller's stream is
     autocast:torch.dtype|None=None, # Data type of an autocast to run it under; default: no autocast, whatever the caller has
 ):
-    "Let the body run `model`, and leave the model and the random streams as they were, also when the body fails."
+    "Let the body run `model`, and leave the model and the random streams as they were, also when the body fails; raises `TypeError` for scripted modules."
+    _check_replaceable(model)
     modules = list(model.modules())
     attributes = _attributes(modules)
     try:

@@ -362,6 +362,14 @@ def test_bad_arguments_are_named(kwargs, message):
     model,batch,meta_batch = setting('mlp')
     with pytest.raises(ValueError, match=message.replace('(', r'\(')): example_weights(model, cross_entropy, batch, meta_batch, **kwargs)
 
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
+@pytest.mark.parametrize('whole', [False, True])
+def test_scripted_modules_are_refused_by_name(whole):
+    scripted = torch.jit.script(nn.Linear(2, 2))
+    batch = torch.rand(3, 2),torch.tensor([0, 1, 1])
+    with pytest.raises(TypeError, match='the model is a torch.jit.ScriptModule' if whole else "the model, in '1', is a torch.jit.ScriptModule"):
+        example_weights(scripted if whole else nn.Sequential(nn.Linear(2, 2), scripted), cross_entropy, batch, batch)
+
 def test_synchronised_batch_norm_is_local_in_virtual_passes():
     "On a CPU it would refuse to run, and on several GPUs the processes would wait for each other."
     torch.manual_seed(0)
