@@ -32,8 +32,6 @@ from .schemes import weighted_sampler, weighting_scheme, weighting_schemes
 variants = {o: dict(scheme=o) for o in weighting_schemes} | {
     'trusted alone': dict(scheme='unweighted', alone=True),
     'reweighted + sampler': dict(scheme='reweighted', sampler=True),
-    'robust + sampler': dict(scheme='robust', sampler=True),
-    'robust margin + sampler': dict(scheme='robust', sampler=True, kwargs=dict(margin=1.)),
     'reweighted uniform on zero': dict(scheme='reweighted', kwargs=dict(on_zero='uniform')),
     'reweighted opt': dict(scheme='reweighted', kwargs=dict(lookahead='opt')),
     'reweighted warm-up': dict(scheme='reweighted', kwargs=dict(start=5)),
