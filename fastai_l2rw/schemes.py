@@ -138,8 +138,6 @@ class MetaWeightNetCallback(MetaReweightCallback):
         self._loss_scale = _scale(losses, self.learn.loss_func(self._output(pred), *yb))
         return self._loss_scale*losses
 
-    def _find_tail(self): return [] # the first of its passes is over the whole model
-
     def _weights(self, batch):
         model,names = self._bare_model(),list(self._groups)
         weigh = lambda losses: self._net_weights(losses/self._loss_scale)
