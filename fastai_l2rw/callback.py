@@ -110,9 +110,9 @@ class MetaReweightCallback(Callback):
     "Weigh each training example, in each step, by how much learning from it lowers the loss on trusted examples (Ren et al. 2018, Algorithm 1)."
     order,run_valid = Recorder.order+5,False # after the Recorder has named its columns, before others (60) read the names
     remove_on_fetch = True # as the Recorder, whose log it adds to
-    _stateattrs = ('meta_dl','_trusted','_meta_grad','_meta_batch','_example_weights','_epoch_stats','_epoch_means','_weight_log','_running','_whole','_noted','_caught','_direction','_expected','_agrees') # none of it is exported
+    _stateattrs = ('meta_dl','_trusted','_meta_grad','_meta_batch','_example_weights','_epoch_stats','_epoch_means','_weight_log','_running','_whole','_noted','_caught','_direction','_expected','_agrees','_params') # none of it is exported
     _kept = None
-    meta_dl = _trusted = _meta_grad = _meta_batch = _example_weights = _epoch_stats = _epoch_means = _running = _norms = _whole = _noted = _caught = _direction = _expected = _agrees = None
+    meta_dl = _trusted = _meta_grad = _meta_batch = _example_weights = _epoch_stats = _epoch_means = _running = _norms = _whole = _noted = _caught = _direction = _expected = _agrees = _params = None
     _may_share,_n_watched = False,0
     _by_alignment = True # are the weights made of the alignments along one direction?
     _weight_log = ()
@@ -187,14 +187,16 @@ class MetaReweightCallback(Callback):
             self._begin()
 
     def _begin(self):
-        self._groups = self._find_groups()
+        self._groups,named = self._find_groups(),dict(self._bare_model().named_parameters())
+        self._params = {k: p for k,p in named.items() if k in self._groups}
+        self._whole_model = all(k in self._groups for k,p in named.items() if p.requires_grad)
         self._may_share = self._find_shareable()
         if self.skip_zeros: self._check_skippable()
         self._n_weighed,self._epoch_stats = 0,dict(meta_loss=[], zero_weights=[], ess=[])
         if self._trusted is not None: return self._trusted.begin(self.epoch)
         self._recall(self._memory())
         self._trusted = TrustedBatches(self._find_meta_dl(), self._device(), getattr(self.dls, 'n_inp', None), _class_names(self.dls), self._seed)
-        if self.lookahead == 'opt': check_lookahead(self.opt, self._params())
+        if self.lookahead == 'opt': check_lookahead(self.opt, self._params)
         self._try_out()
         self._trusted.begin(self.epoch)
 
@@ -226,7 +228,7 @@ class MetaReweightCallback(Callback):
     def _watch(self):
         "Have the weights come from the Learner's own pass; now and then they are computed both ways, to see whether they agree."
         if self._direction is None: return
-        self._caught = _SharedPass(self._bare_model(), self._groups, self.xb, self._expected)
+        self._caught = _SharedPass(self._bare_model(), self._params, self.xb, self._expected, self._whole_model)
         self._expected = None
 
     def _compute(self):
@@ -339,7 +341,7 @@ class MetaReweightCallback(Callback):
     def _let_go(self):
         "Drop the trusted batches and the tensors of the last step."
         self._agrees,self._n_watched = None,0
-        self._trusted = self._meta_batch = self._meta_grad = self._example_weights = self._epoch_stats = self._epoch_means = self._whole = self._noted = self._direction = self._expected = None
+        self._trusted = self._meta_batch = self._meta_grad = self._example_weights = self._epoch_stats = self._epoch_means = self._whole = self._noted = self._direction = self._expected = self._params = None
         self._uncatch()
 
     def _uncatch(self):
@@ -398,21 +400,19 @@ class MetaReweightCallback(Callback):
         return (self.engine == 'auto' and self._by_alignment and not self.skip_zeros and not isinstance(self.model, nn.DataParallel)
             and not _compiled(self._bare_model()))
 
-    def _params(self): return {k: p for k,p in self._bare_model().named_parameters() if k in self._groups}
-
     def _lookahead(self, gradient=None):
         "Where a step along `gradient` (default: zero) leads, by name, and what pulls a gradient there back to a direction."
-        if self.lookahead == 'opt': return virtual_step(self.opt, self._params(), self._accumulated(gradient))
+        if self.lookahead == 'opt': return virtual_step(self.opt, self._params, self._accumulated(gradient))
         rates = {k: self.opt.hypers[g]['lr'] for k,g in self._groups.items()}
-        if gradient is not None: return {k: p.detach() - rates[k]*gradient[k] for k,p in self._params().items()}, lambda g: scale_gradient(g, rates)
+        if gradient is not None: return {k: p.detach() - rates[k]*gradient[k] for k,p in self._params.items()}, lambda g: scale_gradient(g, rates)
         largest = max(rates.values()) or 1 # a common factor does not change the weights
         return list(rates), lambda g: scale_gradient(g, {k: rate/largest for k,rate in rates.items()})
 
     def _accumulated(self, gradient):
         "`gradient`, and what `GradientAccumulation` has gathered by now (times the loss scale of fp16)."
         scaler = getattr(self.learn, 'scaler', None)
-        gathered = {k: p.grad/(scaler.get_scale() if scaler else 1) for k,p in self._params().items() if p.grad is not None}
-        if gradient is None and len(gathered) < len(self._groups): gradient = {k: torch.zeros_like(p) for k,p in self._params().items()}
+        gathered = {k: p.grad/(scaler.get_scale() if scaler else 1) for k,p in self._params.items() if p.grad is not None}
+        if gradient is None and len(gathered) < len(self._groups): gradient = {k: torch.zeros_like(p) for k,p in self._params.items()}
         return gathered if gradient is None else {k: g + gathered[k] if k in gathered else g for k,g in gradient.items()}
 
     def _meta_gradient(self, at):

@@ -122,7 +122,7 @@ def virtual_pass(
     try:
         _copy_buffers(modules)
         _unsync(modules)
-        with forked_random(_device(model), seed), _plain_kernels(modules), torch.autocast(_device(model).type, autocast, autocast is not None, cache_enabled=False): yield
+        with forked_random(_device(model), seed), torch.autocast(_device(model).type, autocast, autocast is not None, cache_enabled=False): yield
     finally: _put_back(attributes)
 
 # %% ../nbs/00_reweight.ipynb #c5e64831
@@ -165,7 +165,8 @@ def _losses(model, loss_func, batch, params):
 def _gradient(model, loss_func, batch, params, weigh, seed=None, autocast=None):
     "Gradient of the weighted sum of the losses, and the losses."
     params = {k: p.requires_grad_() for k,p in _trainable(model, params).items()}
-    with virtual_pass(model, seed, autocast), torch.enable_grad():
+    asleep = [m for m in model.modules() if isinstance(m, nn.RNNBase) and not m.training]
+    with virtual_pass(model, seed, autocast), _plain_kernels(asleep) if asleep else nullcontext(), torch.enable_grad():
         losses = _losses(model, loss_func, batch, params)
         gradient = torch.autograd.grad((weigh(losses.detach())*losses).sum(), list(params.values()), materialize_grads=True)
     return dict(zip(params, gradient)), losses.detach()
@@ -261,7 +262,7 @@ def alignment(
     "Directional derivative of every example's loss; raises `NoForwardDerivative` where 'forward' can't be had, `ValueError` for a loss that is not per item."
     if engine not in _engines: raise ValueError(f"engine={engine!r} is unknown: use 'forward' or 'reverse'")
     params = _trainable(model, list(direction))
-    with virtual_pass(model, autocast=autocast): return _engines[engine](lambda p: _losses(model, loss_func, batch, p), params, dict(direction)).detach()
+    with virtual_pass(model, autocast=autocast), _plain_kernels(list(model.modules())): return _engines[engine](lambda p: _losses(model, loss_func, batch, p), params, dict(direction)).detach()
 
 # %% ../nbs/00_reweight.ipynb #817c1267
 def rectify(
@@ -311,7 +312,7 @@ def unrolled_weights(
     "Weight of every training example by differentiating through the look-ahead step (Ren et al. 2018, Algorithm 1, line by line); raises what `meta_gradient` raises."
     params = {k: p.requires_grad_() for k,p in _trainable(model, params).items()}
     with torch.enable_grad():
-        with virtual_pass(model): losses = _losses(model, loss_func, batch, params)
+        with virtual_pass(model), _plain_kernels(list(model.modules())): losses = _losses(model, loss_func, batch, params)
         epsilon = torch.zeros_like(losses, requires_grad=True)
         gradient = torch.autograd.grad((epsilon*losses).sum(), list(params.values()), create_graph=True, materialize_grads=True)
         step = scale_gradient(dict(zip(params, gradient)), step_size)

@@ -103,14 +103,12 @@ def _set(states, device):
     for g,state in zip(_generators(device), states): g.set_state(state)
 
 class _Tape(TorchFunctionMode):
-    "Notes the operators through which a pass of `model` depends on its parameters `names`, and follows tangents along them."
-    def __init__(self, model, names):
+    "Notes the operators through which a pass of `model` depends on `params`, by name (`whole`: all that it trains), and follows tangents along them."
+    def __init__(self, model, params, whole=True):
         super().__init__()
-        self.model,self.device,self.sure,self.calls,self.number,self.n = model,_device(model),True,[],WeakTensorKeyDictionary(),0
-        self.buffers,params = {id(o) for o in model.buffers()},dict(model.named_parameters())
-        self.names = [k for k in params if k in names]
-        for k in self.names: self._add(params[k])
-        self.all = all(k in names for k,p in params.items() if p.requires_grad)
+        self.device,self.sure,self.calls,self.number,self.n = _device(model),True,[],WeakTensorKeyDictionary(),0
+        self.buffers,self.names,self.whole = {id(o) for o in model.buffers()},list(params),whole
+        for p in params.values(): self._add(p)
 
     def _add(self, t):
         self.number[t],self.n = self.n,self.n + 1
@@ -121,7 +119,7 @@ class _Tape(TorchFunctionMode):
         if not self.sure: return func(*args, **kwargs)
         given = [*_tensors(args), *_tensors(kwargs.values())]
         numbers = [self.number.get(t) for t in given]
-        foreign = self.all and any(k is None and t.grad_fn is not None for k,t in zip(numbers, given))
+        foreign = self.whole and any(k is None and t.grad_fn is not None for k,t in zip(numbers, given))
         if not foreign and all(k is None for k in numbers): return func(*args, **kwargs)
         random = _following.get(func, _follow_dropout) is _follow_dropout # it may be, for all that is known
         states,versions = random and _states(self.device),[t._version for t in given]
@@ -179,16 +177,16 @@ def _to_compare(n): return n == 0 or 4**((n.bit_length() - 1)//2) == n # 1, 4, 1
 def _compiled(model): return any(getattr(m, '_compiled_call_impl', None) or hasattr(m, '_orig_mod') for m in model.modules())
 
 class _SharedPass:
-    "The next pass of `model` on `inputs`, which gives alignments along parameters `names`; `expected` are those, if they are known and are to be compared."
-    def __init__(self, model, names, inputs, expected=None):
-        self.model,self.names,self.inputs,self.expected,self.agrees,self.tape,self.sure = model,names,inputs,expected,None,None,False
+    "The next pass of `model` on `inputs`, which gives alignments along `params`, by name (`whole`: all that it trains); `expected` are those, if they are known and are to be compared."
+    def __init__(self, model, params, inputs, expected=None, whole=True):
+        self.model,self.params,self.whole,self.inputs,self.expected,self.agrees,self.tape,self.sure = model,params,whole,inputs,expected,None,None,False
         self.device,self.within = _device(model),False
         self.start,self.buffers = _states(self.device),[(o, o.clone()) for o in model.buffers()]
         self.hooks = [model.register_forward_pre_hook(_Hook(self._enter)), model.register_forward_hook(_Hook(self._leave), always_call=True)]
 
     def _enter(self, module, args):
         if self.within or torch.is_autocast_enabled(self.device.type) or not torch.is_grad_enabled() or any(a is not b for a,b in zip(args, self.inputs)): return
-        self.tape,self.within = _Tape(self.model, self.names),True
+        self.tape,self.within = _Tape(self.model, self.params, self.whole),True
         self.tape.__enter__()
 
     def _leave(self, module, args, output):
@@ -229,7 +227,7 @@ class _SharedPass:
         "The alignments by the pass, or `None` if it does not give them."
         number = self.tape.number
         wanted = {number.get(o) for o in tree_leaves(self.output) if isinstance(o, Tensor) and o.requires_grad}
-        if None in wanted and self.tape.all: return
+        if None in wanted and self.tape.whole: return
         try:
             with forked_random(self.device), _plain_kernels(list(self.model.modules())):
                 with torch.no_grad(): tangents = self.tape.follow(direction, wanted)

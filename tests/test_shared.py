@@ -215,7 +215,7 @@ def test_what_the_first_batch_hides(tmp_path):
 
 def test_it_is_compared_again(tmp_path, monkeypatch):
     steps = []
-    monkeypatch.setattr(fastai_l2rw.callback, '_SharedPass', lambda model, names, inputs, expected: (steps.append(expected is not None), _SharedPass(model, names, inputs, expected))[1])
+    monkeypatch.setattr(fastai_l2rw.callback, '_SharedPass', lambda model, params, inputs, expected, whole: (steps.append(expected is not None), _SharedPass(model, params, inputs, expected, whole))[1])
     for _ in range(2):
         fit(tmp_path, SHARED['plain CNN'], epochs=7)
         assert [i for i,compared in enumerate(steps) if compared] == [0, 1, 4, 16]
@@ -340,12 +340,12 @@ def test_activations_are_let_go(make_learner):
 def test_a_copy_of_a_watched_model_is_not_watched():
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
     x = torch.randn(2, 4)
-    watched = _SharedPass(model, ['0.weight','0.bias'], (x,))
+    watched = _SharedPass(model, dict(model.named_parameters()), (x,))
     for copy in (deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(copy(x), model[1](model[0](x))) and not watched.sure
     model(torch.randn(2, 4))
     assert not watched.sure
-    watched = _SharedPass(model, ['0.weight','0.bias'], (x,))
+    watched = _SharedPass(model, dict(model.named_parameters()), (x,))
     model(x)
     assert watched.sure and not model._forward_hooks
     watched.remove()
