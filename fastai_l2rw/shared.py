@@ -6,7 +6,9 @@
 __all__ = []
 
 # %% ../nbs/00f_shared.ipynb #ae034466
+from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +38,10 @@ def _follow_linear(op):
 
 def _follow_sum(out, a, b):
     shape = out.shape
-    def follow(*tangents):
-        known = [t for t in tangents if t is not None]
-        return sum(known[1:], known[0]).expand(shape)
+    def follow(*tangents, spare=False):
+        first,*others = [t for t in tangents if t is not None]
+        if spare and others and first.shape == shape: return first.add_(*others)
+        return sum(others, first).expand(shape)
     return follow
 
 def _follow_product(out, a, b):
@@ -57,8 +60,8 @@ def _follow_batch_norm(out, input, running_mean, running_var, weight=None, bias=
     if not training or type(node).__name__ not in ('NativeBatchNormBackward0', 'CudnnBatchNormBackward0'): return
     x,w,mean,scale = _plain(input),_plain(weight),node._saved_result1,node._saved_result2
     given = [k for k,o in dict(x=input, m=running_mean, v=running_var, w=weight, b=bias).items() if o is not None]
-    def follow(*tangents):
-        return _batch_norm_tangent(x, w, mean, scale, eps, *map(dict(zip(given, tangents)).get, 'xwb'))
+    def follow(*tangents, spare=False):
+        return _batch_norm_tangent(x, w, mean, scale, eps, *map(dict(zip(given, tangents)).get, 'xwb'), spare)
     return follow
 
 def _follow_max_pool(out, *args, **kwargs):
@@ -80,8 +83,11 @@ def _follow_dropout(out, *args, **kwargs):
     if type(node).__name__ == 'NativeDropoutBackward0': return lambda dx: node(dx)
 
 _elementwise = {f'{o}Backward{i}' for o in ('Silu','Gelu','Hardswish','Hardsigmoid','Hardtanh','LeakyRelu','Elu','Mish','Sigmoid','Tanh') for i in (0, 1)}
-_following = ({op: _follow_linear(op) for op in (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d)} | {torch.max_pool2d: _follow_max_pool, F.max_pool2d: _follow_max_pool, F.batch_norm: _follow_batch_norm}
-    | dict.fromkeys((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__), _follow_sum)
+_linear = F.linear,F.conv1d,F.conv2d,F.conv3d,F.conv_transpose2d
+_sums = torch.add,Tensor.add,Tensor.add_,Tensor.__add__,Tensor.__iadd__,Tensor.__radd__
+_makes_own,_takes_spare = {*_linear, F.batch_norm},{F.batch_norm, *_sums} # tangents in memory of their own, and operators that can put theirs in the place of the first that they are given
+_following = ({op: _follow_linear(op) for op in _linear} | {torch.max_pool2d: _follow_max_pool, F.max_pool2d: _follow_max_pool, F.batch_norm: _follow_batch_norm}
+    | dict.fromkeys(_sums, _follow_sum)
     | dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _follow_product)
     | dict.fromkeys((F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), _follow_relu)
     | dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d), _follow_dropout)
@@ -137,14 +143,17 @@ class _Tape(TorchFunctionMode):
         follow = _following[func](out, *args, **kwargs) if func in _following and _in_order(func, kwargs) else None
         if (same or changed) and follow is None or _saving_hooks(False): self.sure = False
         if follow is None: follow = func, *tree_map_only(Tensor, lambda t: t, (args, kwargs)), states # lists are copied: the model may go on filling its own
-        self.calls.append((follow, numbers, [self._add(o) if o.requires_grad else None for o in outs]))
+        self.calls.append((func, follow, numbers, [self._add(o) if o.requires_grad else None for o in outs]))
 
     def follow(self, direction, wanted):
         "The tangents of what has the numbers `wanted`, by number."
-        tangents,last = dict(enumerate(direction[k] for k in self.names)),{k: i for i,(_,numbers,_) in enumerate(self.calls) for k in numbers}
-        for i,(follow,numbers,results) in enumerate(self.calls):
+        tangents,last = dict(enumerate(direction[k] for k in self.names)),{k: i for i,(_,_,numbers,_) in enumerate(self.calls) for k in numbers}
+        uses = Counter(k for _,_,numbers,_ in self.calls for k in numbers)
+        spare = {k for func,follow,_,results in self.calls if func in _makes_own and callable(follow) for k in results if uses[k] == 1}.difference(wanted) # for a single call
+        for i,(func,follow,numbers,results) in enumerate(self.calls):
             given = [tangents.get(k) for k in numbers]
             if any(t is not None for t in given):
+                if func in _takes_spare and numbers[0] in spare and callable(follow): follow = partial(follow, spare=True)
                 found = (follow(*given),) if callable(follow) else self._again(*follow, given)
                 tangents.update((k, t) for k,t in zip(results, found) if k is not None and t is not None)
             for k in numbers:

@@ -19,8 +19,22 @@ def _parts(*xs):
     return [(None, None) if x is None else tuple(forward_ad.unpack_dual(x)) for x in xs]
 
 # %% ../nbs/00d_tangents.ipynb #88e5d0e5
+def _in_parts(f, *xs):
+    "`f` of batches, a part after the other, which takes less memory."
+    y,at = None,0
+    for part in zip(*(x.chunk(8) for x in xs)):
+        z = f(*part)
+        if y is None:
+            last = z.ndim == 4 and z.is_contiguous(memory_format=torch.channels_last)
+            y = torch.empty((len(xs[0]), *z.shape[1:]), dtype=z.dtype, device=z.device, memory_format=torch.channels_last if last else torch.contiguous_format)
+        y[at:at + len(z)] = z
+        at += len(z)
+    return y
+
 def _linear_tangent(op, x, w, dx, dw, db, *args, **kwargs):
     "Tangent of `op(x, w, b, ...)`; `None` stands for a tangent of zero."
+    large = dx is not None and dw is not None and op is not F.linear and x.ndim == w.ndim and x.numel() > 2**20
+    if large: return _in_parts(lambda x, dx: op(x, dw, db, *args, **kwargs).add_(op(dx, w, None, *args, **kwargs)), x, dx)
     dy = op(x, dw, db, *args, **kwargs) if dw is not None else op(torch.zeros_like(x) if dx is None else dx, w, db, *args, **kwargs)
     if dx is None or dw is None: return dy
     if op is F.linear and w.ndim == 2 and dy.is_contiguous() and dy.dtype == dx.dtype == w.dtype: dy.view(-1, len(w)).addmm_(dx.reshape(-1, dx.shape[-1]), w.T)
@@ -36,11 +50,15 @@ def _two_products(op):
     return rule
 
 # %% ../nbs/00d_tangents.ipynb #06c21eab
-def _batch_norm_tangent(x, weight, mean, scale, eps, dx, dweight, dbias):
-    "Tangent of batch norm, given the batch's `mean` and one over its standard deviation, `scale`; `None` stands for a tangent of zero."
-    dy = torch.zeros_like(x) if dx is None else torch.ops.aten.native_batch_norm_backward(dx, x, weight, None, None, mean, scale, True, eps, [True, False, False])[0]
-    if dweight is None and dbias is None: return dy
+def _batch_norm_tangent(x, weight, mean, scale, eps, dx, dweight, dbias, spare=False):
+    "Tangent of batch norm, given the batch's `mean` and one over its standard deviation, `scale`; `None` stands for a tangent of zero. May it take the place of `dx`, which is then `spare`?"
     dweight,dbias = [torch.zeros_like(mean) if o is None else o for o in (dweight, dbias)]
+    if dx is None: dy = torch.zeros_like(x)
+    else:
+        _,along,total = torch.ops.aten.native_batch_norm_backward(dx, x, None, None, None, mean, scale, True, eps, [False, True, True])
+        factor,n = scale if weight is None else scale*weight,x.numel()/len(scale)
+        dy = torch.mul(dx, factor.view(-1, *[1]*(x.ndim - 2)), out=dx if spare else None)
+        dweight,dbias = dweight - factor*along/n,dbias - factor*total/n
     for part,of in zip(dy.chunk(4), x.chunk(4)): part += F.batch_norm(of, mean, scale**-2, dweight, dbias, eps=0.) # in parts, for less memory
     return dy
 

@@ -138,6 +138,20 @@ def test_tangents_of_batch_norm(norm, shape, affine, moves, first, training):
     assert relative_difference(alignment(model, loss_func, (x, y), direction), expected) < 1e-12
     assert model.norm.num_batches_tracked == 0 and (model.norm.running_mean == 0).all()
 
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('n', [3, 9, 16])
+def test_tangents_of_large_convolutions_in_parts(n, memory_format):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 3, 3, stride=2, dilation=2), nn.Flatten()).double().to(memory_format=memory_format)
+    size = int((2**20/n/2)**0.5) + 2
+    x = torch.randn(n, 1, size, size).double().to(memory_format=memory_format)
+    params = {k: p.detach() for k,p in model.named_parameters()}
+    direction = {k: torch.randn_like(p) for k,p in params.items()}
+    loss_func = lambda out, y: out.sin().sum(1)
+    assert 2*n*size**2 > 2**20
+    expected = torch.func.jvp(lambda p: loss_func(torch.func.functional_call(model, p, (x,)), None), (params,), (direction,))[1]
+    assert relative_difference(alignment(model, loss_func, (x, torch.zeros(n)), direction), expected) < 1e-12
+
 def test_forward_engine_is_the_jvp_of_torch_func():
     model,(x,y),meta_batch = setting('mlp')
     direction,_ = meta_gradient(model, cross_entropy, meta_batch)

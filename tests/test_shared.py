@@ -349,3 +349,38 @@ def test_a_copy_of_a_watched_model_is_not_watched():
     model(x)
     assert watched.sure and not model._forward_hooks
     watched.remove()
+
+class Used(nn.Module):
+    "What a convolution, a batch norm and a sum give is used once or twice, in whatever order."
+    def __init__(self, forward):
+        super().__init__()
+        self.a,self.b,self.bn,self.bn2,self.head = nn.Conv2d(3, 4, 3, padding=1),nn.Conv2d(4, 4, 3, padding=1),nn.BatchNorm2d(4),nn.BatchNorm2d(4),nn.Linear(4, 3)
+        self.function = forward
+    def forward(self, x): return self.head(self.function(self, x).mean((2, 3)))
+
+def both_norms(m, x): y = m.a(x); return m.bn(y)*m.bn2(y)
+def before_and_after(m, x): y = m.a(x); z = m.bn(y); return z*y + z
+def to_itself(m, x): y = m.bn(m.a(x)); return (y + y)*(m.b(y) + y)
+def residual(m, x): y = m.bn(m.a(x)); z = m.bn2(m.b(y)); z += y; return z.tanh()*y
+def second_is_spare(m, x): y = m.bn(m.a(x)); return (y + m.bn2(m.b(y)))*(1. + m.b(y))
+def view_of_it(m, x): y = m.a(x); z = y.flatten(2); return m.bn(y)*z.view_as(y)
+def broadcast(m, x): y = m.bn(m.a(x)); return m.bn2(m.b(y).mean((2, 3), keepdim=True)) + y
+def returned_too(m, x): y = m.a(x); m.seen = y; return m.bn(y).relu_() + m.bn2(m.b(x[:, :1].expand(-1, 4, -1, -1)))
+
+@pytest.mark.parametrize('forward', [both_norms, before_and_after, to_itself, residual, second_is_spare, view_of_it, broadcast, returned_too])
+def test_tangents_take_the_place_of_none_that_is_still_needed(forward):
+    torch.manual_seed(0)
+    model = Used(forward).double()
+    for p in model.parameters(): nn.init.normal_(p)
+    batch,loss_func = (torch.randn(5, 3, 6, 6).double(), torch.tensor([0, 1, 2, 0, 1])),nn.CrossEntropyLoss(reduction='none')
+    v = {k: torch.randn_like(p) for k,p in model.named_parameters()}
+    before = deepcopy(v)
+    expected = alignment(model, loss_func, batch, v)
+    for k in v: v[k].copy_(before[k])
+    watched = _SharedPass(model, dict(model.named_parameters()), batch[:1])
+    model(batch[0])
+    for _ in range(2):
+        u = watched._shared(loss_func, batch, v)
+        assert watched.sure and torch.allclose(u, expected, rtol=1e-9, atol=1e-9)
+        assert all(torch.equal(v[k], before[k]) for k in v)
+    watched.remove()
