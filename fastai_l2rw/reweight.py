@@ -81,11 +81,13 @@ def _set_parameters(model, values):
     values = {p: values[k] if k in values else p.detach() for k,p in named.items()}
     for m in model.modules(): m._parameters.update({k: values[p] for k,p in m._parameters.items() if p is not None})
 
-def _check_replaceable(model):
-    "Refuse compiled modules, in which no other values can be put in the places of the parameters."
-    for k,m in model.named_modules():
+def _replaceable_modules(model):
+    "All modules; refuses scripted ones, in which no other values can be put in the places of the parameters."
+    named = dict(model.named_modules())
+    for k,m in named.items():
         if isinstance(m, torch.jit.ScriptModule): raise TypeError(f"the model{k and f', in {k!r},'} is a torch.jit.ScriptModule, whose parameters can't be looked ahead along: "
             'train the model that it was made from, and script that when it is trained')
+    return list(named.values())
 
 def _unsync(modules):
     "Let batch norms that work across processes do so within theirs."
@@ -116,8 +118,7 @@ def virtual_pass(
     autocast:torch.dtype|None=None, # Data type of an autocast to run it under; default: no autocast, whatever the caller has
 ):
     "Let the body run `model`, and leave the model and the random streams as they were, also when the body fails; raises `TypeError` for scripted modules."
-    _check_replaceable(model)
-    modules = list(model.modules())
+    modules = _replaceable_modules(model)
     attributes = _attributes(modules)
     try:
         _copy_buffers(modules)
