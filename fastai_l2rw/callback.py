@@ -123,6 +123,7 @@ class MetaReweightCallback(Callback):
         params:Callable|None=None, # `params(model)` gives the parameters to look ahead along; default: all that the optimizer moves
         engine:str='auto', # 'forward', 'reverse', or 'auto': the Learner's own pass as long as that gives the same weights, else 'forward' if the model's operators allow it
         lookahead:str='sgd', # Look ahead along a step of plain SGD ('sgd', as in the paper) or of the Learner's own optimizer ('opt')
+        augment:bool=True, # Apply the batch transforms of training to trusted batches, if their loader is one of fastai's that does not draw by weights?
         every:int=1, # Number of steps for which the gradient on a trusted batch is used
         start:int=0, # Number of epochs of plain training before the reweighting begins, in each fit
         skip_zeros:bool=False, # Leave examples with weight zero out of the training pass, which changes its cost, not its result? Not for models in which examples act on each other
@@ -195,7 +196,7 @@ class MetaReweightCallback(Callback):
         self._n_weighed,self._epoch_stats = 0,dict(meta_loss=[], zero_weights=[], ess=[])
         if self._trusted is not None: return self._trusted.begin(self.epoch)
         self._recall(self._memory())
-        self._trusted = TrustedBatches(self._find_meta_dl(), self._device(), getattr(self.dls, 'n_inp', None), _class_names(self.dls), self._seed)
+        self._trusted = TrustedBatches(self._find_meta_dl(), self._device(), getattr(self.dls, 'n_inp', None), _class_names(self.dls), self._seed, self.augment)
         if self.lookahead == 'opt': check_lookahead(self.opt, self._params)
         self._try_out()
         self._trusted.begin(self.epoch)

@@ -81,13 +81,14 @@ class MetaWeightNetCallback(MetaReweightCallback):
         params:Callable|None=None, # `params(model)` gives the parameters to look ahead along; default: all that the optimizer moves
         engine:str='auto', # 'forward', 'reverse', or 'auto': 'forward' as long as the model's operators allow it
         lookahead:str='sgd', # Look ahead along a step of plain SGD ('sgd', as in the paper) or of the Learner's own optimizer ('opt')
+        augment:bool=True, # Apply the batch transforms of training to trusted batches, if their loader is one of fastai's that does not draw by weights?
         start:int=0, # Number of epochs of plain training before the weighting begins, in each fit
         record:bool=True, # Keep the weight of each item in each step, for `item_weights`?
     ):
         if not isinstance(hidden, int) or hidden < 1: raise ValueError(f'hidden={hidden!r} must be a whole number, 1 or more')
         if not net_lr > 0: raise ValueError(f'net_lr={net_lr!r} must be a learning rate above 0')
         if not net_wd >= 0: raise ValueError(f'net_wd={net_wd!r} must be a weight decay, 0 or more')
-        super().__init__(meta_dl, params=params, engine=engine, lookahead=lookahead, start=start, record=record)
+        super().__init__(meta_dl, params=params, engine=engine, lookahead=lookahead, augment=augment, start=start, record=record)
         store_attr('hidden,net_lr,net_wd,normalised')
         self.weight_net = self._net_opt = self._own = None
 

@@ -14,6 +14,7 @@ import numpy as np, torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
+from fastai.data.core import Pipeline
 from fastai.data.load import DataLoader
 from fastai.torch_core import to_device
 
@@ -24,13 +25,14 @@ def _even(n, bs):
     "A batch size of `bs` at most, with which `n` items come in as few batches, but of about the same size."
     return -(-n // -(-n // bs))
 
-def _shuffled(dl):
-    "`dl`, or the same with its items in a new order in each pass if it would not do that; `None` if that can't be had."
+def _shuffled(dl, augment=False):
+    "`dl`, or the same with its items in a new order in each pass if it would not do that; `None` if that can't be had. With the batch transforms of training, if wanted."
     if isinstance(dl, DataLoader) and dl.indexed and dl.bs and dl.n:
         weights = getattr(dl, 'wgts', None)
         if weights is not None and dl.shuffle and np.ptp(weights) > 0: return dl # draws at random as it is, and `new` would lose the weights
         dl = dl.new(shuffle=True, drop_last=False, bs=_even(dl.n, dl.bs), num_workers=0)
         if weights is not None: dl.get_idxs = partial(DataLoader.get_idxs, dl) # tabular loaders draw with replacement
+        if augment and isinstance(dl.after_batch, Pipeline): dl.after_batch = Pipeline(dl.after_batch, split_idx=0).__call__ # not reset by each pass, as a Pipeline is
         return dl
     if isinstance(dl, torch.utils.data.DataLoader) and type(dl.sampler) in (SequentialSampler, RandomSampler) and (
         dl.batch_size and type(dl.batch_sampler) is BatchSampler and not getattr(dl.sampler, 'replacement', False) and len(dl.sampler) == len(dl.dataset) > 0):
@@ -122,8 +124,9 @@ class TrustedBatches:
         n_inp:int|None=None, # How many elements of a batch are inputs; default: all but the last
         classes:Iterable=(), # Names of the classes, by label
         seed:int=0, # Seed of the order and of random transforms
+        augment:bool=False, # Apply the batch transforms of training, if `dl` is one of fastai's that does not draw by weights?
     ):
-        self.dl,self.device,self.n_inp,self.seed = dl,device,n_inp,seed
+        self.dl,self.device,self.n_inp,self.seed,self.augment = dl,device,n_inp,seed,augment
         self.anew = True # can it begin a new order?
         self.kept = _Kept(device)
         self.lacking = {i:o for i,o in enumerate(classes) if o != '#na#'} # classes of which no example has been seen, by label
@@ -137,7 +140,7 @@ class TrustedBatches:
         if not self.anew: return
         self.n_read = 0
         with self._forked():
-            dl = _shuffled(self.dl)
+            dl = _shuffled(self.dl, self.augment)
             self.anew,self.batches = dl is not None,_endless(self.dl if dl is None else dl if dl is self.dl else _keeping(dl, self.kept))
 
     def __next__(self):
