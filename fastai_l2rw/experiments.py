@@ -31,6 +31,7 @@ from .schemes import weighted_sampler, weighting_scheme, weighting_schemes
 # %% ../nbs/07_experiments.ipynb #d31d9b6f
 variants = {o: dict(scheme=o) for o in weighting_schemes} | {
     'trusted alone': dict(scheme='unweighted', alone=True),
+    'right labels alone': dict(scheme='inverse frequency', right=True),
     'reweighted + sampler': dict(scheme='reweighted', sampler=True),
     'reweighted uniform on zero': dict(scheme='reweighted', kwargs=dict(on_zero='uniform')),
     'reweighted opt': dict(scheme='reweighted', kwargs=dict(lookahead='opt')),
@@ -41,27 +42,30 @@ variants = {o: dict(scheme=o) for o in weighting_schemes} | {
     'reweighted smooth': dict(scheme='reweighted', kwargs=dict(smooth=0.9)),
     'reweighted margin': dict(scheme='reweighted', kwargs=dict(margin=1.)),
     'robust margin': dict(scheme='robust', kwargs=dict(margin=1.)),
+    'robust plain trusted': dict(scheme='robust', kwargs=dict(augment=False)),
     'robust margin not relative': dict(scheme='robust', kwargs=dict(relative=False, margin=1.)),
     'robust margin smooth': dict(scheme='robust', kwargs=dict(margin=1., smooth=0.9)),
-} # by name: `scheme`; `kwargs` for `weighting_scheme`; `sampler`: draw the classes equally often; `head`: look ahead along the last layer only; `alone`: train on nothing but the trusted items
+} # by name: `scheme`; `kwargs` for `weighting_scheme`; `sampler`: draw the classes equally often; `head`: look ahead along the last layer only; `alone`: train on nothing but the trusted items; `right`: leave wrong labels out
 
 default_schemes = *weighting_schemes,'trusted alone'
 _learned = 'reweighted','robust','meta-weight-net'
 
 def is_static(
     how:dict, # One of the values of `variants`
-)->bool: # Does it train on the training part by weights that do not depend on trusted items?
-    "Tell schemes with fixed weights from those that learn them and from training on the trusted items alone."
-    return how['scheme'] not in _learned and not how.get('alone')
+)->bool: # Does it train on the training part by weights that do not depend on trusted items, or on what is right?
+    "Tell schemes with fixed weights from those that learn them, from training on the trusted items alone, and from those that know which labels are right."
+    return how['scheme'] not in _learned and not how.get('alone') and not how.get('right')
 
 def train_rows(
     table:pd.DataFrame, # A row per item, with its `part`
     how:dict, # One of the values of `variants`
-)->pd.DataFrame: # The same parts but for 'train', if the variant trains on trusted items alone
-    "The table that a variant trains on; repeated trusted items are as many as there were training items, for the same number of steps."
-    if not how.get('alone'): return table
-    meta,n = np.flatnonzero(table.part == 'meta'),(table.part == 'train').sum()
-    return pd.concat([table.iloc[np.resize(meta, n)].assign(part='train'), table[table.part != 'train']], ignore_index=True)
+)->pd.DataFrame: # The same parts but for 'train', if the variant trains on some items alone
+    "The table that a variant trains on; items are repeated until they are as many as there were training items, for the same number of steps."
+    train = table.part == 'train'
+    if how.get('alone'): rows = table.part == 'meta'
+    elif how.get('right') and 'clean' in table: rows = train & (table.label == table.clean)
+    else: return table
+    return pd.concat([table.iloc[np.resize(np.flatnonzero(rows), train.sum())].assign(part='train'), table[~train]], ignore_index=True)
 
 # %% ../nbs/07_experiments.ipynb #0f30f716
 def _last_layer(model): return [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))][-1].parameters()
