@@ -42,6 +42,7 @@ variants = {o: dict(scheme=o) for o in weighting_schemes} | {
     'reweighted smooth': dict(scheme='reweighted', kwargs=dict(smooth=0.9)),
     'reweighted margin': dict(scheme='reweighted', kwargs=dict(margin=1.)),
     'robust margin': dict(scheme='robust', kwargs=dict(margin=1.)),
+    'robust margin 3': dict(scheme='robust', kwargs=dict(margin=3.)),
     'robust plain trusted': dict(scheme='robust', kwargs=dict(augment=False)),
     'robust margin not relative': dict(scheme='robust', kwargs=dict(relative=False, margin=1.)),
     'robust margin smooth': dict(scheme='robust', kwargs=dict(margin=1., smooth=0.9)),
