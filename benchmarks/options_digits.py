@@ -25,8 +25,8 @@ class Shift(RandTransform):
         padded,(h,w) = F.pad(x, [1]*4),x.shape[-2:]
         return torch.stack([o[:, i:i + h, j:j + w] for o,(i,j) in zip(padded, torch.randint(3, (len(x), 2)).tolist())])
 
-AUGMENTED = ('weighted sampler', 'robust plain trusted', 'robust')
-NAMES = ('weighted sampler', 'reweighted', 'reweighted + sampler', 'robust', 'robust margin', 'robust margin not relative', 'robust margin smooth')
+AUGMENTED = ('weighted sampler', 'robust plain trusted', 'robust', 'robust margin 3')
+NAMES = ('weighted sampler', 'reweighted', 'reweighted + sampler', 'robust', 'robust margin', 'robust margin 3', 'robust margin not relative', 'robust margin smooth')
 
 def score(name, lr, seed, epochs, augmented):
     "Balanced accuracy on test digits."

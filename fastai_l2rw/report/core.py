@@ -119,7 +119,7 @@ def scheme_styles(
     "A colour and a line for each scheme, the same in all figures; those that learn weights have solid lines."
     names = list(variants)
     colors = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#000000', '#999999', '#7B3F00', '#6A3D9A', '#B2DF8A', '#FB9A99',
-        '#44AA99', '#882255', '#DDCC77', '#117733', '#332288', '#AA4499', '#661100', '#6699CC', '#999933', '#FF6F61']
+        '#44AA99', '#882255', '#DDCC77', '#117733', '#332288', '#AA4499', '#661100', '#6699CC', '#999933', '#FF6F61', '#4B0082']
     return {o: dict(color=colors[names.index(o) % len(colors)], marker='osD^vPX*<>h'[names.index(o) % 11], ms=5,
         ls=':' if variants[o].get('alone') or variants[o].get('right') else '--' if is_static(variants[o]) else '-', lw=1.3 if is_static(variants[o]) else 2.2) for o in schemes}
 
