@@ -1,5 +1,5 @@
 "Run by test_callbacks.py in two processes: training with DistributedDataParallel, reweighted, with or without batch norm. Writes what each process has into a folder."
-import sys
+import os, sys
 from pathlib import Path
 import torch
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, noop, set_seed
@@ -18,3 +18,4 @@ parameters = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
 torch.save((parameters, torch.cat([w for _,_,w in learn.meta_reweight._weight_log]), agreed), Path(sys.argv[1])/f'{get_rank()}.pt')
 barrier() # a process that is gone before the other has let go of it makes that abort now and then
 destroy_process_group()
+os._exit(0) # threads that gloo leaves behind can make an orderly end abort on a busy machine
