@@ -2,7 +2,7 @@
 
 A small network learns CIFAR-10 with one class at 70 % and 40 % of all labels wrong. Then each training example is aligned with trusted images:
 those that the training had, and others that it never saw, few and many. The measure is the area under the ROC curve, 0.5 for chance, within the items of a
-label, and the mean over the labels. Run from the repository root (about five minutes for a seed and scheme on one core):
+label, and the mean over the labels. Run from the repository root (about two minutes for a seed and scheme on one core):
 
     python benchmarks/limits_cifar10.py my_data/cifar10
 """
