@@ -297,7 +297,7 @@ def trained():
     "All schemes on the same digits; more epochs than a warm-up has."
     out = {}
     for scheme in variants:
-        if not variants[scheme].get('alone'): out[scheme] = train_digits(scheme, epochs=6, watch=(watch := [])),watch
+        if not {'alone', 'right'} & variants[scheme].keys(): out[scheme] = train_digits(scheme, epochs=6, watch=(watch := [])),watch
     return out
 
 def test_all_schemes_have_the_same_start_and_steps(trained):
@@ -360,6 +360,13 @@ def test_trusted_alone():
     alone = train_rows(table, variants['trusted alone'])
     assert alone.label.tolist() == list('cacacca') + ['b'] and (alone.part == 'train').sum() == 5
     assert train_rows(table, variants['reweighted']) is table
+
+def test_right_labels_alone():
+    "Only items whose labels are right are trained on, for as many steps; without wrong labels it is the scheme itself."
+    table = pd.DataFrame(dict(label=list('abcabc'), clean=list('abcbbc'), part=['train']*5 + ['meta'], item=range(6)))
+    rows = train_rows(table, variants['right labels alone'])
+    assert rows.part.tolist() == ['train']*5 + ['meta'] and rows.item.tolist() == [0, 1, 2, 4, 0, 5]
+    for o in (table.assign(clean=table.label), table.drop(columns='clean')): assert train_rows(o, variants['right labels alone']).reset_index(drop=True).equals(o)
 
 def test_select_settings():
     assert select_settings(families, '') == families and list(select_settings(families, ' noise ,dominance 0.9')) == ['dominance', 'noise']
