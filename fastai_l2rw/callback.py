@@ -123,7 +123,7 @@ class MetaReweightCallback(Callback):
         params:Callable|None=None, # `params(model)` gives the parameters to look ahead along; default: all that the optimizer moves
         engine:str='auto', # 'forward', 'reverse', or 'auto': the Learner's own pass as long as that gives the same weights, else 'forward' if the model's operators allow it
         lookahead:str='sgd', # Look ahead along a step of plain SGD ('sgd', as in the paper) or of the Learner's own optimizer ('opt')
-        augment:bool=True, # Apply the batch transforms of training to trusted batches, if their loader is one of fastai's that does not draw by weights?
+        augment:bool=False, # Apply the batch transforms of training to trusted batches, if their loader is one of fastai's that does not draw by weights?
         every:int=1, # Number of steps for which the gradient on a trusted batch is used
         start:int=0, # Number of epochs of plain training before the reweighting begins, in each fit
         skip_zeros:bool=False, # Leave examples with weight zero out of the training pass, which changes its cost, not its result? Not for models in which examples act on each other

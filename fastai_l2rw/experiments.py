@@ -43,7 +43,8 @@ variants = {o: dict(scheme=o) for o in weighting_schemes} | {
     'reweighted margin': dict(scheme='reweighted', kwargs=dict(margin=1.)),
     'robust margin': dict(scheme='robust', kwargs=dict(margin=1.)),
     'robust margin 3': dict(scheme='robust', kwargs=dict(margin=3.)),
-    'robust plain trusted': dict(scheme='robust', kwargs=dict(augment=False)),
+    'robust augmented': dict(scheme='robust', kwargs=dict(augment=True)),
+    'robust margin 3 augmented': dict(scheme='robust', kwargs=dict(margin=3., augment=True)),
     'robust margin not relative': dict(scheme='robust', kwargs=dict(relative=False, margin=1.)),
     'robust margin smooth': dict(scheme='robust', kwargs=dict(margin=1., smooth=0.9)),
 } # by name: `scheme`; `kwargs` for `weighting_scheme`; `sampler`: draw the classes equally often; `head`: look ahead along the last layer only; `alone`: train on nothing but the trusted items; `right`: leave wrong labels out

@@ -81,7 +81,7 @@ class MetaWeightNetCallback(MetaReweightCallback):
         params:Callable|None=None, # `params(model)` gives the parameters to look ahead along; default: all that the optimizer moves
         engine:str='auto', # 'forward', 'reverse', or 'auto': 'forward' as long as the model's operators allow it
         lookahead:str='sgd', # Look ahead along a step of plain SGD ('sgd', as in the paper) or of the Learner's own optimizer ('opt')
-        augment:bool=True, # Apply the batch transforms of training to trusted batches, if their loader is one of fastai's that does not draw by weights?
+        augment:bool=False, # Apply the batch transforms of training to trusted batches, if their loader is one of fastai's that does not draw by weights?
         start:int=0, # Number of epochs of plain training before the weighting begins, in each fit
         record:bool=True, # Keep the weight of each item in each step, for `item_weights`?
     ):
