@@ -247,7 +247,11 @@ def broadcast(self, t, rank):
     return t.tolist()
 DistributedDL._broadcast = broadcast # fastai's own needs a GPU
 def train(cell): return train_digits(cell['scheme'], cell['seed'], lr=cell['lr'], bs=8)[0] # half of the batch each
-if __name__ == '__main__': sys.exit(run_grid(make_grid_of(seeds=[0]), train, {out!r}))
+if __name__ == '__main__':
+    status = run_grid(make_grid_of(seeds=[0]), train, {out!r})
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(status) # as in distributed.py
 '''
 
 def test_two_processes_train_each_cell_together(tmp_path):
