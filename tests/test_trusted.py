@@ -18,8 +18,15 @@ class Counted:
     def __getitem__(self, i): self.reads[i] += 1; return self.tfm(torch.full((self.size,), float(i))),i % 2
 
 own = np.random.default_rng(0)
-RANDOM = dict(torch=lambda x: x + torch.rand(1), python=lambda x: x + random.random(), numpy=lambda x: x + np.random.rand(), own=lambda x: x + own.random())
-LOADERS = dict(fastai=lambda items: DataLoader(items, bs=3), torch=lambda items: TorchLoader(items, 3), transforms=lambda items: DataLoader(items, bs=3, after_batch=Pipeline([Transform(lambda x: x)])))
+RANDOM = dict(
+    torch=lambda x: x + torch.rand(1),
+    python=lambda x: x + random.random(),
+    numpy=lambda x: x + np.random.rand(),
+    own=lambda x: x + own.random())
+LOADERS = dict(
+    fastai=lambda items: DataLoader(items, bs=3),
+    torch=lambda items: TorchLoader(items, 3),
+    transforms=lambda items: DataLoader(items, bs=3, after_batch=Pipeline([Transform(lambda x: x)])))
 
 def read(dl, epochs=4, steps=5):
     batches,out = TrustedBatches(dl, cpu, seed=3),[]
@@ -35,7 +42,7 @@ def assert_equal(a, b):
 def nothing_kept(monkeypatch):
     def read_anew(*args):
         with monkeypatch.context() as m:
-            m.setattr(fastai_l2rw.trusted, '_keeping', lambda dl, kept: dl)
+            m.setattr(fastai_l2rw.trusted, '_with_cache', lambda dl, cache: dl)
             return read(*args)
     return read_anew
 
@@ -65,7 +72,7 @@ def test_randomness_that_rarely_shows():
     items = Counted(lambda x: -x if rng.random() < 0.2 else x)
     batches = TrustedBatches(DataLoader(items, bs=7), cpu)
     for _ in range(20): next(batches)
-    assert batches.kept.random and min(items.reads) == 20
+    assert batches.cache.random and min(items.reads) == 20
 
 def test_what_changes_a_batch_does_not_change_what_is_kept():
     dl = DataLoader(Counted(), bs=3, after_batch=lambda b: (b[0].mul_(2), b[1]))
@@ -75,7 +82,7 @@ def test_random_batch_transforms_go_on():
     dl = make_dls(bs=8, batch_tfms=Augment()).train.new(num_workers=0)
     batches = TrustedBatches(dl, cpu)
     for _ in range(20): (x,),_ = next(batches)
-    assert len(batches.kept.sure) == dl.n
+    assert len(batches.cache.confirmed) == dl.n
     (again,),_ = next(batches)
     assert not torch.equal(x.sort(0)[0], again.sort(0)[0])
 
@@ -104,7 +111,7 @@ def read_some(dl):
 def test_no_more_is_kept_than_there_is_room(nothing_kept):
     items = Counted(size=2**10)
     batches = TrustedBatches(DataLoader(items, bs=3), cpu)
-    batches.kept.room = 3*2**12 + 5
+    batches.cache.room = 3*2**12 + 5
     for _ in range(12): next(batches)
     assert sorted(items.reads) == [2]*3 + [4]*4
 
@@ -114,9 +121,16 @@ def test_skipped_items_stay_out():
         return b
     for (x,),_ in read(DataLoader(Counted(), bs=7, after_item=skip)): assert sorted(x[:, 0].tolist()) == [0, 1, 3, 4, 5, 6]
 
-@pytest.mark.parametrize('make', [lambda i: DataLoader(i, bs=3, before_batch=lambda b: b), lambda i: DataLoader(i, bs=3, create_batch=lambda b: (torch.stack([x for x,_ in b]), torch.tensor([y for _,y in b]))),
-    lambda i: TorchLoader(i, 3, collate_fn=lambda b: torch.utils.data.default_collate(b)), lambda i: TorchLoader(i, 3, num_workers=1)])
+def stack(items): return torch.stack([x for x,_ in items]),torch.tensor([y for _,y in items])
+
+OTHERS = dict(
+    before_batch=lambda items: DataLoader(items, bs=3, before_batch=lambda b: b),
+    create_batch=lambda items: DataLoader(items, bs=3, create_batch=stack),
+    collate_fn=lambda items: TorchLoader(items, 3, collate_fn=lambda b: torch.utils.data.default_collate(b)),
+    workers=lambda items: TorchLoader(items, 3, num_workers=1))
+
+@pytest.mark.parametrize('make', OTHERS.values(), ids=OTHERS)
 def test_nothing_is_kept_of_other_loaders(make):
     batches = TrustedBatches(make(Counted()), cpu)
     for _ in range(9): next(batches)
-    assert not batches.kept.items
+    assert not batches.cache.items
