@@ -6,7 +6,7 @@
 __all__ = ['item_losses', 'Aligned', 'along_graph', 'item_by_item', 'separate_pass', 'along_output', 'agrees_with_graph',
            'is_compared', 'Engine', 'hooked_parameter']
 
-# %% ../../nbs/05_engines.routes.ipynb #78997c48
+# %% ../../nbs/05_engines.routes.ipynb #36f7e4c5
 import re, warnings
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from .passes import as_tuple, batch_size, gradients, is_compiled, plain_kernels,
 from .rules import DualPass, GradientInside, NoForwardDerivative, plain_tensor
 from .tape import InDoubt, OwnPass
 
-# %% ../../nbs/05_engines.routes.ipynb #af0c149e
+# %% ../../nbs/05_engines.routes.ipynb #9a97f5b5
 def item_losses(
     losses:Tensor, # What the loss function returned with `reduction='none'`: batch first, or flattened from that
     n_items:int, # Number of items in the batch
@@ -42,7 +42,7 @@ class Aligned:
     output:object=None # What the model gave, without history
     route:str='separate pass' # How they were found
 
-# %% ../../nbs/05_engines.routes.ipynb #272c64cd
+# %% ../../nbs/05_engines.routes.ipynb #4a1948b8
 def _missing_operator(error):
     "The operator that PyTorch could not differentiate in forward mode, or `None` if `error` says something else."
     if found := re.search(r'forward AD with (\S+) that', str(error)): return found[1]
@@ -82,7 +82,7 @@ def _reverse(model, loss_func, batch, direction, inside):
 
 _engines = dict(forward=_forward, reverse=_reverse)
 
-# %% ../../nbs/05_engines.routes.ipynb #6a7b6ca3
+# %% ../../nbs/05_engines.routes.ipynb #a2b65dcf
 def along_graph(
     losses:Tensor, # Shape (n,), with a history
     inputs:list[Tensor], # What they depend on
@@ -117,7 +117,7 @@ def item_by_item(
     found = [gradients([l], inputs, retain_graph=True) for l in losses]
     return torch.stack([sum(_inner(g, v) for g,v in zip(gs, tangents) if v is not None) + l.detach()*0 for gs,l in zip(found, losses)])
 
-# %% ../../nbs/05_engines.routes.ipynb #85774a54
+# %% ../../nbs/05_engines.routes.ipynb #3f69fbdd
 def separate_pass(
     model:nn.Module, # Model, in the mode (train or eval) that its passes shall run in
     loss_func:Callable, # `loss_func(output, *targets)` gives one loss, or several, per item
@@ -132,7 +132,7 @@ def separate_pass(
     inside = partial(virtual_pass, model, autocast=autocast, changing=changing)
     with plain_kernels(bool(recurrent_layers(model))): return _engines[engine](model, loss_func, batch, direction, inside)
 
-# %% ../../nbs/05_engines.routes.ipynb #4d2f8718
+# %% ../../nbs/05_engines.routes.ipynb #32f9ab90
 def _history(tensor, ends, limit=2000):
     "The nodes of a tensor's graph, up to those in `ends`; `None` if there are more than `limit`."
     nodes,todo = set(),[tensor.grad_fn]
@@ -144,7 +144,7 @@ def _history(tensor, ends, limit=2000):
         todo += [o for o,_ in node.next_functions]
     return nodes
 
-# %% ../../nbs/05_engines.routes.ipynb #888ae0e7
+# %% ../../nbs/05_engines.routes.ipynb #5f818469
 def along_output(
     losses:Tensor, # Shape (n,), with a history
     own:OwnPass, # The pass that they come from
@@ -163,7 +163,7 @@ def along_output(
     try: return along_graph(losses, outputs, tangents, retain_graph=True)
     except NotImplementedError: return item_by_item(losses, outputs, tangents)
 
-# %% ../../nbs/05_engines.routes.ipynb #183359a9
+# %% ../../nbs/05_engines.routes.ipynb #866e8f47
 def agrees_with_graph(
     alignments:Tensor, # What is to be checked, shape (n,)
     losses:Tensor, # Shape (n,), with the history of the Learner's own pass
@@ -183,7 +183,7 @@ def agrees_with_graph(
         if not abs(float((c*alignments).sum() - expected)) <= tolerance*float(alignments.norm()) + rounding: return False
     return True
 
-# %% ../../nbs/05_engines.routes.ipynb #8c681192
+# %% ../../nbs/05_engines.routes.ipynb #a83cc7b6
 def is_compared(
     n:int, # Number of a step
 )->bool: # Is it 0 or a power of four?
@@ -208,10 +208,19 @@ class Engine:
         "How the alignments of this fit were found."
         return dict(steps=dict(self.steps), doubts=dict(self.doubts), compared=self.compared)
 
-    def first_route(self, model, params):
-        "The route to begin with."
-        if self.separate or self.engine != 'auto' or is_compiled(model): return 'separate pass'
-        return 'own graph' if hooked_parameter(params) else 'own pass'
+    def ready(self,
+        model:nn.Module, # The model
+        params:dict, # Parameters to look ahead along, by name
+        low_precision:bool=False, # Will the Learner's pass run in lower precision than a separate one?
+    )->str: # 'own pass', 'own graph' or 'separate pass'
+        "The route that a step begins with."
+        if self.route is None:
+            self.compiled = is_compiled(model)
+            if self.separate or self.engine != 'auto' or self.compiled: self.take('separate pass')
+            else: self.take('own graph' if hooked_parameter(params) else 'own pass')
+            if self.route == 'own graph': self.doubts['a gradient hook on ' + hooked_parameter(params)] += 1
+        if low_precision and self.route == 'own pass': self.take('separate pass')
+        return self.route
 
     def take(self, route):
         "Go on by another route."
@@ -228,30 +237,31 @@ class Engine:
         **kwargs, # For `separate_pass`
     )->tuple: # An `OwnPass` to wait for, and `Aligned` or `None`
         "What has to be done before the Learner's pass."
-        if self.route is None: self.take(self.first_route(model, params))
         doubt = None if self.route == 'own pass' else f'the {self.route} is taken'
-        if self.route != 'separate pass': return OwnPass(model, params, inputs, whole, doubt),None
+        wait = lambda doubt: None if self.compiled else OwnPass(model, params, inputs, whole, doubt)
+        if self.route != 'separate pass': return wait(doubt),None
         try: aligned = separate_pass(model, loss_func, batch, direction, self.kind, **kwargs)
         except NoForwardDerivative as e:
             if self.engine != 'auto': raise
             self.kind = 'reverse'
             warnings.warn(f"{e.operator} has no forward-mode derivative in PyTorch, so two backward passes take the place of tangents, as by engine='reverse', "
                 "from now on: as exact, but slower and with more memory. Pass engine='reverse' to silence this.")
-            if not self.separate and not is_compiled(model):
+            if not self.separate and not self.compiled:
                 self.take('own graph')
-                return OwnPass(model, params, inputs, whole, 'no forward-mode derivative'),None
+                self.doubts[f'{e.operator}, which has no forward-mode derivative'] += 1
+                return wait('no forward-mode derivative'),None
             aligned = separate_pass(model, loss_func, batch, direction, self.kind, **kwargs)
-        return OwnPass(model, params, inputs, whole, doubt),aligned
+        return wait(doubt),aligned
 
     def after_pass(self,
-        own:OwnPass, # The pass that was waited for
+        own:OwnPass|None, # The pass that was waited for; `None` for a compiled model, of which nothing more is known
         aligned:Aligned|None, # What `before_pass` gave
         losses:Tensor, # One loss per item, with the history of the Learner's own pass
         direction:dict, # Direction by name
         unchanged:bool=True, # Has the loss got what a separate pass has taken it to get?
-        low_precision:bool=False, # Did the Learner's pass run in lower precision than a separate one?
     )->Aligned: # Alignments and losses
         "The alignments, once the Learner's pass and its losses are there."
+        if own is None: return self.count(aligned)
         inputs,tangents = [own.params[k] for k in direction],list(direction.values())
         u,route,doubt = None,self.route,None
         try:
@@ -260,7 +270,7 @@ class Engine:
                 if not unchanged: raise InDoubt('what another callback changed after us')
                 u = aligned.alignments
         except InDoubt as e: doubt = str(e)
-        if u is not None and is_compared(self.on_route) and not low_precision and not is_compiled(own.model):
+        if u is not None and is_compared(self.on_route) and own.seen and not own.low_precision:
             self.compared += 1
             self.agreed = agrees_with_graph(u, losses, inputs, tangents, 1e-3 if self.engine == 'auto' else 0.05)
             if not self.agreed:
@@ -271,9 +281,17 @@ class Engine:
         self.on_route += 1
         if doubt: self.note_doubt(doubt, route)
         if u is None: u,route = self.by_graph(losses, inputs, tangents),'own graph'
-        self.steps[route] += 1
-        self.tell()
-        return Aligned(u, losses, route=route)
+        return self.count(Aligned(u, losses, route=route))
+
+    def count(self, found):
+        "Count the step by its route, and say once in a fit if many steps took the graph."
+        self.steps[found.route] += 1
+        n = sum(self.steps.values())
+        if n == 40 and self.steps['own graph'] > n/10 and self.kind == 'forward' and self.engine == 'auto':
+            most = max(self.doubts, key=self.doubts.get, default='a gradient hook')
+            warnings.warn(f"{self.steps['own graph']} of {n} steps took their weights from two backward passes through the Learner's own graph, which are "
+                f"as exact as tangents, but slower and with more memory, because of {most}.")
+        return found
 
     def by_graph(self, losses, inputs, tangents):
         "The alignments by the graph of the Learner's own pass."
@@ -287,14 +305,6 @@ class Engine:
         self.doubts[doubt] += 1
         if self.route == route == 'own pass' and self.on_route in (2, 8, 32) and sum(self.doubts.values()) > 0.75*self.on_route:
             self.take('separate pass' if self.kind == 'forward' else 'own graph')
-
-    def tell(self):
-        "Say once in a fit if many steps took the graph."
-        n = sum(self.steps.values())
-        if n == 40 and self.steps['own graph'] > n/10 and self.kind == 'forward' and self.engine == 'auto':
-            most,_ = max(self.doubts.items(), key=lambda o: o[1], default=('a gradient hook on a parameter', 0))
-            warnings.warn(f"{self.steps['own graph']} of {n} steps took their weights from two backward passes through the Learner's own graph, which are as exact as tangents, "
-                f"but slower and with more memory, because of {most}.")
 
 def hooked_parameter(
     params:dict, # Parameters by name

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['InDoubt', 'operator_name', 'Tape', 'follow', 'OwnPass']
 
-# %% ../../nbs/04_engines.tape.ipynb #b3e0c3e9
+# %% ../../nbs/04_engines.tape.ipynb #0b803237
 from collections import Counter
 from functools import partial
 
@@ -20,7 +20,7 @@ from fastai_l2rw.engines.passes import (forked_random, model_device, plain_kerne
     watched_functions)
 from .rules import DualPass, graph_node, plain_tensor, rules, sets_hook, takes_gradient
 
-# %% ../../nbs/04_engines.tape.ipynb #b5c2a530
+# %% ../../nbs/04_engines.tape.ipynb #83e0d687
 class InDoubt(Exception):
     "The tape can't say what the tangents are; the message names what it met."
 
@@ -40,7 +40,7 @@ def operator_name(func)->str: # For people
     if name in ('__get__', '__set__'): name = f"{getattr(getattr(func, '__self__', None), '__name__', '')}.{name}"
     return f'{owner.__name__}.{name}' if owner else name
 
-# %% ../../nbs/04_engines.tape.ipynb #9505437f
+# %% ../../nbs/04_engines.tape.ipynb #7e078fb8
 _only_shapes = {torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.movedim, torch.chunk, torch.split, torch.unbind,
     Tensor.flatten, Tensor.reshape, Tensor.view, Tensor.permute, Tensor.transpose, Tensor.squeeze, Tensor.unsqueeze, Tensor.movedim, Tensor.chunk, Tensor.split,
     Tensor.expand, Tensor.expand_as, Tensor.view_as, Tensor.contiguous, Tensor.as_subclass, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__, Tensor.unbind}
@@ -52,7 +52,7 @@ class _Call:
     "A call on the tape."
     __slots__ = ('func','tangent','args','kwargs','numbers','results','kept','states','known')
 
-# %% ../../nbs/04_engines.tape.ipynb #35db6263
+# %% ../../nbs/04_engines.tape.ipynb #8dee2f4a
 class Tape(TorchFunctionMode):
     "Notes the operators through which a pass depends on parameters, and follows tangents along them."
     def __init__(self,
@@ -147,7 +147,7 @@ class Tape(TorchFunctionMode):
         super().__exit__(*error)
         self.watching.__exit__(*error)
 
-# %% ../../nbs/04_engines.tape.ipynb #30c24ce2
+# %% ../../nbs/04_engines.tape.ipynb #92f0c5ac
 class _Number(int): "Stands for a tensor in noted arguments."
 _no_number = _Number(-2)
 
@@ -169,7 +169,7 @@ def _with_tangents(x, tangents):
 
 def _own_lists(x): return type(x)(map(_own_lists, x)) if type(x) in (list, tuple) else x
 
-# %% ../../nbs/04_engines.tape.ipynb #446ba471
+# %% ../../nbs/04_engines.tape.ipynb #21c03c5e
 def _compute_again(tape, call, tangents):
     "The tangents of the results of a call, by PyTorch."
     if call.states:
@@ -184,7 +184,7 @@ def _compute_again(tape, call, tangents):
         out = known.dual(call.func, *args, **kwargs) if known is not None and known.dual is not None else call.func(*args, **kwargs)
         return [forward_ad.unpack_dual(o).tangent for o in _tensors((out,))]
 
-# %% ../../nbs/04_engines.tape.ipynb #d6419d37
+# %% ../../nbs/04_engines.tape.ipynb #be7d0cfb
 def follow(
     tape:Tape, # A tape without doubt
     direction:dict, # Direction by parameter name
@@ -208,7 +208,7 @@ def follow(
             if k is not None and last[k] == i and k not in wanted: tangents.pop(k, None)
     return tangents
 
-# %% ../../nbs/04_engines.tape.ipynb #9673b2df
+# %% ../../nbs/04_engines.tape.ipynb #0435b1e4
 def _no_hook(): return _nothing
 def _nothing(*args): pass
 
@@ -218,7 +218,7 @@ class _Hook:
     def __call__(self, *args): return self.act(*args)
     def __reduce__(self): return _no_hook,()
 
-# %% ../../nbs/04_engines.tape.ipynb #f3dd16d8
+# %% ../../nbs/04_engines.tape.ipynb #1f6d50ee
 class OwnPass:
     "The next pass of a model on given inputs: its output, and tangents along it."
     def __init__(self,
@@ -230,13 +230,15 @@ class OwnPass:
     ):
         self.model,self.params,self.inputs,self.whole,self.doubt = model,params,inputs,whole,doubt
         self.tape = self.output = None
-        self.seen = self.within = False
+        self.seen = self.within = self.low_precision = False
+        self.buffers = [(o, o.clone()) for o in model.buffers()]
         self.hooks = [model.register_forward_pre_hook(_Hook(self._enter)), model.register_forward_hook(_Hook(self._leave), always_call=True)]
 
     def _enter(self, module, args):
         if self.within or not torch.is_grad_enabled() or len(args) != len(self.inputs) or any(a is not b for a,b in zip(args, self.inputs)): return
         self.within,device = True,model_device(self.model)
-        if torch.is_autocast_enabled(device.type): self.doubt = self.doubt or 'autocast'
+        self.low_precision = torch.is_autocast_enabled(device.type)
+        if self.low_precision: self.doubt = self.doubt or 'autocast'
         if self.doubt: return
         self.tape = Tape(self.params, self.whole, self.model.buffers(), device)
         self.tape.__enter__()
@@ -255,6 +257,20 @@ class OwnPass:
         "The tensors of the output that have a history."
         return [o for o in tree_leaves(self.output) if isinstance(o, Tensor) and o.requires_grad]
 
+    def gave(self, x)->bool:
+        "Is all that has a history in `x` the model's own output, but for its type?"
+        ends = {o.grad_fn for o in self.outputs if o.grad_fn is not None}
+        def is_own(node):
+            while node is not None and node not in ends and type(node).__name__ in ('ToCopyBackward0','AliasBackward0'): node = node.next_functions[0][0]
+            return node in ends
+        unchanged = all(o._version == version and o.grad_fn is node for o,version,node in self.noted)
+        return unchanged and all(is_own(o.grad_fn) for o in tree_leaves(x) if isinstance(o, Tensor) and o.grad_fn is not None)
+
+    @torch.no_grad()
+    def restore(self):
+        "Put the model's buffers back to where they were before the pass."
+        for buffer,before in self.buffers: buffer.copy_(before)
+
     def take_down(self):
         "Take the hooks off the model."
         for hook in self.hooks: hook.remove()
@@ -263,14 +279,14 @@ class OwnPass:
         "Take the hooks off the model, if it had no pass, and let what the pass has left go."
         self.take_down()
         self.tape = self.output = self.inputs = None
-        self.noted = ()
+        self.noted,self.buffers = (),()
 
     def tangents(self,
         direction:dict, # Direction by parameter name
     )->list: # One for each of `outputs`, `None` for zero
         "Tangents of the output; raises `InDoubt` where they can't be known."
         if self.doubt or not self.seen: raise InDoubt(self.doubt or 'another pass than the expected one')
-        if any(o._version != version for o,version,_ in self.noted): raise InDoubt('an output that was changed in place')
+        if any(o._version != version or o.grad_fn is not node for o,version,node in self.noted): raise InDoubt('an output that was changed in place')
         numbers = [self.tape.number(o) for o in self.outputs]
         if -1 in numbers or None in numbers and self.whole: raise InDoubt('an output that the tape does not know')
         try:
