@@ -1,7 +1,7 @@
 "Everything that users of fastai_l2rw need, for `from fastai_l2rw.all import *`."
 from fastai_l2rw.reweight import *
 from fastai_l2rw.lookahead import *
-from fastai_l2rw.robust import *
+from fastai_l2rw.weighers import *
 from fastai_l2rw.callback import *
 from fastai_l2rw.schemes import *
 from fastai_l2rw.metrics import *

@@ -5,9 +5,12 @@
 # %% auto #0
 __all__ = ['naming', 'all_finite', 'not_finite_items', 'Step', 'Epoch', 'Checkpoint', 'Fit']
 
-# %% ../nbs/10_fit.ipynb #693c1f37
+# %% ../nbs/10_fit.ipynb #9dd33ebe
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
@@ -30,7 +33,7 @@ from .reweight import effective_sample_size, meta_gradient, normalise, weighted_
 from .trusted import TrustedBatches, check_labels, check_meta_dl, class_names, describe_batch, label_kind, plain_tensors
 from .weighers import output_gradient_norms
 
-# %% ../nbs/10_fit.ipynb #95ab87f1
+# %% ../nbs/10_fit.ipynb #32692da7
 @contextmanager
 def naming(
     where:Callable, # Gives the place, in words
@@ -60,7 +63,7 @@ def not_finite_items(
     tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.numel() and (t.is_floating_point() or t.is_complex())]
     return torch.stack([~t.isfinite().reshape(len(t), -1).all(1) for t in tensors]).any(0).nonzero().flatten().tolist() if tensors else []
 
-# %% ../nbs/10_fit.ipynb #ba1f6ec3
+# %% ../nbs/10_fit.ipynb #708659b3
 @dataclass(eq=False)
 class Step:
     "A training step: made when the batch and the learning rates are ready, dropped when the next begins."
@@ -108,7 +111,7 @@ class Step:
         "The step's batch, in words."
         return f'batch {self.iter} of the training loader in epoch {self.epoch} ({describe_batch(self.batch)})'
 
-# %% ../nbs/10_fit.ipynb #d3b6604b
+# %% ../nbs/10_fit.ipynb #9f26e291
 @dataclass
 class Epoch:
     "An epoch of training: sums of the figures that the progress table shows."
@@ -128,13 +131,23 @@ class Epoch:
         "The means by now."
         return [float(self.sums[k])/self.counts[k] if k in self.sums else float('nan') for k in self.names]
 
-# %% ../nbs/10_fit.ipynb #05a12dee
+# %% ../nbs/10_fit.ipynb #84793262
+class _Left(dict):
+    "What a callback of this process has left; on disk it is a plain dictionary."
+    def __init__(self, content, owner):
+        super().__init__(content)
+        self.owner = weakref.ref(owner)
+    def __reduce__(self): return OrderedDict,(list(self.items()),) # which `torch.load` takes for harmless
+    def __deepcopy__(self, memo): return deepcopy(dict(self), memo)
+
+# %% ../nbs/10_fit.ipynb #57beec85
 class Checkpoint:
     "A few values, where `learn.save` and `learn.load` find them."
     key = 'meta_reweight'
     def __init__(self,
         opt, # fastai's optimizer, of which `OptimWrapper` is one
-    ): self.opt,self.bare = opt,bare_optimizer(opt)
+        owner=None, # The callback whose values they are
+    ): self.opt,self.bare,self.owner = opt,bare_optimizer(opt),owner
 
     def save(self,
         content:dict, # What is kept
@@ -142,17 +155,18 @@ class Checkpoint:
         "Leave it with the optimizer's state, if there is any: some optimizers take a state that isn't empty for complete."
         state = next(filter(None, self.bare.state.values()), None)
         if state is None and isinstance(self.bare, (Optimizer, torch.optim.SGD)): state = self.bare.state[self.opt.all_params()[0][0]]
-        if state is not None: state[self.key] = content
+        if state is not None: state[self.key] = _Left(content, self.owner)
 
     def load(self)->dict: # Empty if there is none
-        "What was left, which may have been loaded since."
-        return next((state[self.key] for state in self.bare.state.values() if self.key in state), {})
+        "What was left, which may have been loaded since; but not what another callback has left in this process."
+        left = next((state[self.key] for state in self.bare.state.values() if self.key in state), {})
+        return {} if isinstance(left, _Left) and left.owner() is not self.owner else left
 
     def clear(self):
         "Take it away."
         for state in self.bare.state.values(): state.pop(self.key, None)
 
-# %% ../nbs/10_fit.ipynb #4fc56f90
+# %% ../nbs/10_fit.ipynb #1bb2290c
 class Fit:
     "What lives as long as a fit; raises what is wrong with the trusted loader, the model or the loss before a training batch is read."
     def __init__(self,
@@ -170,7 +184,7 @@ class Fit:
         together = isinstance(learn.model, nn.parallel.DistributedDataParallel) and torch.distributed.is_initialized()
         self.n_processes = torch.distributed.get_world_size() if together else 1
         self.n_items,self.items,self.step,self.epoch = len(getattr(learn.dls, 'train_ds', None) or ()),None,None,Epoch()
-        self.traces,self.meta_batch = ((),()),None
+        self.traces,self.meta_batch,self.means = ((),()),None,None
         engine.begin()
         self.find_parameters()
         self.resume(seed)
@@ -181,7 +195,7 @@ class Fit:
 
     def resume(self, seed):
         "Go on with the seed and the state of the fit that is resumed, if it is."
-        memory,resumed = Checkpoint(self.learn.opt).load(),self.learn.epoch > 0
+        memory,resumed = Checkpoint(self.learn.opt, self.owner).load(),self.learn.epoch > 0
         self.seed = memory.get('seed', seed) if resumed else seed
         if hasattr(self.weigher, 'prepare'): self.weigher.prepare(self.device, self.seed)
         if not self.searching: self.weigher.load(memory, self.n_items, resumed)
@@ -248,7 +262,7 @@ class Fit:
         if self.items is not None: self.items.close()
         self.step = self.items = self.trusted = self.owner = self.learn = None
 
-# %% ../nbs/10_fit.ipynb #1d549f2c
+# %% ../nbs/10_fit.ipynb #aa315c5b
 @patch
 def describe_trusted(self:Fit)->str:
     "The trusted batch at hand, in words."
@@ -292,7 +306,7 @@ def check_skippable(self:Fit):
     if any(type(cb).__name__ == 'RNNCallback' for cb in self.learn.cbs):
         raise ValueError("skip_zeros=True can't be used with RNNCallback, whose regularizer takes all examples of a batch into account")
 
-# %% ../nbs/10_fit.ipynb #68b18f2c
+# %% ../nbs/10_fit.ipynb #d8cbd1a7
 @patch
 def begin_epoch(self:Fit, epoch:int):
     "Begin an epoch of training."
@@ -303,8 +317,9 @@ def begin_epoch(self:Fit, epoch:int):
     self.trusted.begin(epoch)
     if self.items is not None: self.items.close()
     self.items = BatchItems(self.learn.dls.train)
+    self.weigher.check_items(self.items.why)
 
-# %% ../nbs/10_fit.ipynb #afdd3d45
+# %% ../nbs/10_fit.ipynb #60e6f834
 @patch
 def meta_gradient(self:Fit, at, step:Step)->dict:
     "The gradient on the next trusted batch, at parameters `at`."
@@ -327,7 +342,7 @@ def weighted_gradient(self:Fit, step:Step, weigh:Callable)->dict:
     with naming(step.describe):
         return weighted_gradient(self.model, scaled, step.batch, lambda o: weigh(o/step.scale), list(self.groups), self.changing)[0]
 
-# %% ../nbs/10_fit.ipynb #3a64d12d
+# %% ../nbs/10_fit.ipynb #e017c751
 @patch
 def before_pass(self:Fit):
     "Begin a step, and do what has to be done before the Learner's pass."
@@ -342,7 +357,7 @@ def before_pass(self:Fit):
             self.whole, autocast=self.autocast(), changing=self.changing)
     if self.owner.skip_zeros: self.weigh_before(step)
 
-# %% ../nbs/10_fit.ipynb #23501a4c
+# %% ../nbs/10_fit.ipynb #65f4dba5
 @patch
 def after_loss(self:Fit):
     "Weigh the batch that the Learner has predicted, and put the weighted loss in the place of the mean loss."
@@ -410,7 +425,7 @@ def check_finite(self:Fit, step:Step, alignments:Tensor):
     raise FloatingPointError(f'{step.describe()}: the alignments of its item(s) {bad} with {self.describe_trusted()} are NaN or infinite, although '
         'the model and both batches are finite. Does the loss, or a layer, overflow or divide by zero?')
 
-# %% ../nbs/10_fit.ipynb #a776b693
+# %% ../nbs/10_fit.ipynb #67dacec5
 @patch
 def weigh_before(self:Fit, step:Step):
     "Compute the weights before the Learner's pass, and let that run on few examples."

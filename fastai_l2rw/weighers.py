@@ -70,7 +70,7 @@ def in_mean_units(
     size = alignments.abs().mean()
     return alignments/(size + (size == 0))
 
-# %% ../nbs/08_weighers.ipynb #06866e1d
+# %% ../nbs/08_weighers.ipynb #dcaac916
 class Relative:
     "Divides alignments by the length of the gradient at the output."
     def __call__(self,
@@ -91,9 +91,15 @@ class Smooth:
         step, # The step, with `items` and `n_items`, the number of training items
     )->Tensor: # Shape (n,)
         "Transform the alignments of a step; raises `ValueError` where nobody knows which items it has."
-        if step.items is None: raise ValueError(f'smooth={self.decay} needs to know which items are in a batch, and {step.why_no_items}')
+        self.check_items(None if step.items is not None else step.why_no_items)
         if self.running is None: self.running = RunningAlignments(self.decay, step.n_items, alignments.device)
         return self.running.update(step.items, in_mean_units(alignments))
+
+    def check_items(self,
+        why:str|None, # Why it is not known which items are in a batch; `None` if it is
+    ):
+        "Raise `ValueError` if there is a reason."
+        if why: raise ValueError(f'smooth={self.decay} needs to know which items are in a batch, and {why}. Or use smooth=0')
 
     def state(self)->dict: # For `load`
         "What a checkpoint keeps."
@@ -142,7 +148,7 @@ def transforms_for(
     if margin: chain.append(Margin(margin))
     return chain
 
-# %% ../nbs/08_weighers.ipynb #2fa338aa
+# %% ../nbs/08_weighers.ipynb #f944e1e2
 class AlignmentWeigher:
     "Weights in proportion to positive alignments with the gradient on a trusted batch (Ren et al. 2018, Algorithm 1)."
     needs_losses = False # can the direction be known before the losses of the batch?
@@ -155,6 +161,13 @@ class AlignmentWeigher:
     def begin_epoch(self):
         "Take a new gradient in the first step."
         self.n,self.gradient = 0,None
+
+    def check_items(self,
+        why:str|None, # Why it is not known which items are in a batch; `None` if it is
+    ):
+        "Raise `ValueError` if a transform needs to know."
+        for t in self.transforms:
+            if hasattr(t, 'check_items'): t.check_items(why)
 
     def direction(self,
         step, # The step
@@ -189,7 +202,7 @@ class AlignmentWeigher:
         for t in self.transforms:
             if resumed and hasattr(t, 'load'): t.load(state, n_items)
 
-# %% ../nbs/08_weighers.ipynb #09edc3d0
+# %% ../nbs/08_weighers.ipynb #afa0a3cb
 class LossWeigher:
     "Weights as a function of the loss, which is learned on trusted examples (Meta-Weight-Net, Shu et al. 2019, Algorithm 1)."
     needs_losses = True
@@ -204,6 +217,11 @@ class LossWeigher:
 
     def begin_epoch(self):
         "Nothing ends with an epoch."
+
+    def check_items(self,
+        why:str|None, # Why it is not known which items are in a batch; `None` if it is
+    ):
+        "Losses are all that is needed."
 
     def prepare(self,
         device:torch.device, # Where the model is
@@ -247,8 +265,8 @@ class LossWeigher:
         fit, # The fit
     )->Tensor: # Shape (n,)
         "The weights of the step's batch, by the net as it is after one step of its own."
-        losses = step.losses.detach()
-        with torch.enable_grad(): surrogate = -(alignments*self.weigh(losses, fit)).sum() # its gradient is that of the trusted loss
+        losses = (step.aligned.losses if step.losses is None else step.losses).detach()
+        with torch.enable_grad(): surrogate = -(step.scale*alignments*self.weigh(losses, fit)).sum() # its gradient is that of the trusted loss
         self.optimizer.zero_grad()
         surrogate.backward()
         self.optimizer.step()

@@ -1,7 +1,5 @@
 "Small real data and Learners for the tests: the handwritten digits that scikit-learn ships."
 import random, warnings
-from collections import OrderedDict
-from contextlib import contextmanager
 from copy import deepcopy
 import pytest, torch
 from fastai.basics import Callback, CategoryBlock, DataBlock, Learner, TransformBlock, accuracy, noop, params, set_seed
@@ -14,7 +12,6 @@ from torch.utils.data import DataLoader as TorchLoader, TensorDataset
 from sklearn.datasets import load_digits
 
 from fastai_l2rw.all import normalise, rectify, unrolled_weights
-from fastai_l2rw.callback import _WeighBatch
 
 torch.set_num_threads(1) # threads are no gain for tensors this small, and a loss on a busy machine
 
@@ -60,31 +57,23 @@ def make_learner(tmp_path):
 
 def tensors(*data, bs=8): return TorchLoader(TensorDataset(*data), bs, drop_last=True)
 
-@contextmanager
-def unwatched(model):
-    "Passes that the callback, which waits for the Learner's, shall not take for that."
-    hooks = model._forward_pre_hooks,model._forward_hooks
-    model._forward_pre_hooks,model._forward_hooks = OrderedDict(),OrderedDict()
-    try: yield
-    finally: model._forward_pre_hooks,model._forward_hooks = hooks
-
 class Oracle(Callback):
     "Computes the weights of each step anew, by differentiating through the look-ahead."
-    order = _WeighBatch.order + 1 # the random stream and the model are as our callback found them
+    order = 10001 # after ours: the random stream and the model are as our callback found them
     run_valid = False
     def __init__(self, per_item, weights=unrolled_weights): self.per_item,self.weights = per_item,weights
     def before_fit(self): self.compared = self.positive = self.varied = 0
     def before_batch(self):
         cb = self.learn.meta_reweight
         model = getattr(self.model, 'module', self.model)
-        batch,meta_batch = [[[o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in part] for part in b] for b in ((self.xb, self.yb), cb._meta_batch)]
+        batch,meta_batch = [[[o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in part] for part in b] for b in ((self.xb, self.yb), cb.step.meta_batch)]
         lrs = {p: h['lr'] for ps,h in zip(self.opt.param_lists, self.opt.hypers) for p in ps}
         rates = {k: lrs[p] for k,p in model.named_parameters() if p.requires_grad}
-        with warnings.catch_warnings(), unwatched(model):
+        with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             self.expected = self.weights(model, self.per_item, tuple(map(tuple, batch)), tuple(map(tuple, meta_batch)), params=list(rates), step_size=rates)
     def after_loss(self):
-        got,expected = self.learn.meta_reweight._example_weights,self.expected
+        got,expected = self.learn.meta_reweight.step.weights,self.expected
         assert (got - expected).norm() <= 1e-4 * expected.norm() + 1e-7, (got, expected)
         self.compared += 1
         self.positive += (got > 0).sum().item()

@@ -1,5 +1,5 @@
 "`MetaReweightCallback` in real fits."
-import random, warnings
+import gc, random, warnings, weakref
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader as TorchLoader, TensorDataset
 
-import fastai_l2rw.callback
+import fastai_l2rw.fit, fastai_l2rw.weighers
+from fastai_l2rw.fit import Fit
 from fastai_l2rw.all import *
 from conftest import cnn, images, labels, make_dls, meta, split, train, Augment
 
@@ -39,9 +40,13 @@ class Spy(Callback):
 def used(monkeypatch):
     "The trusted batches and the weights that the callback used, in order."
     log = SimpleNamespace(meta=[], weights=[])
-    gradient,normalised = meta_gradient,normalise
-    monkeypatch.setattr(fastai_l2rw.callback, 'meta_gradient', lambda m, f, batch, *a: (log.meta.append(batch), gradient(m, f, batch, *a))[1])
-    monkeypatch.setattr(fastai_l2rw.callback, 'normalise', lambda w: (log.weights.append(normalised(w)), log.weights[-1])[1])
+    gradient,normalised = Fit.meta_gradient,Fit.normalise
+    def meta_gradient(fit, at, step):
+        found = gradient(fit, at, step)
+        log.meta.append(step.meta_batch)
+        return found
+    monkeypatch.setattr(Fit, 'meta_gradient', meta_gradient)
+    monkeypatch.setattr(Fit, 'normalise', lambda fit, w: (log.weights.append(normalised(fit, w)), log.weights[-1])[1])
     return log
 
 # ---- exactness in a real fit
@@ -89,7 +94,7 @@ def test_equal_weights_train_as_without_the_callback(make_learner, monkeypatch):
         return parameters(learn),torch.get_rng_state(),random.getstate(),np.random.get_state()[1].tolist()
     plain = run()
     passes = []
-    monkeypatch.setattr(fastai_l2rw.callback, 'rectify', lambda u: (passes.append(u), torch.ones_like(u))[1])
+    monkeypatch.setattr(fastai_l2rw.weighers, 'rectify', lambda u: (passes.append(u), torch.ones_like(u))[1])
     equal = run(MetaReweightCallback())
     assert len(passes) == 2*len(make_dls().train) and all(u.std() > 0 for u in passes)
     assert_close(plain[0], equal[0], rtol=1e-4, atol=1e-6)
@@ -146,14 +151,14 @@ def test_exported_learner_holds_no_meta_data(make_learner, tmp_path):
     loader = TorchLoader(TensorDataset(secret, torch.tensor(labels[meta])), 12)
     learn = make_learner(MetaReweightCallback(loader))
     with pytest.raises(ZeroDivisionError): learn.fit(1, cbs=Callback(after_step=lambda self: 1/0)) # an interrupted fit has batches at hand
-    assert learn.meta_reweight._trusted is not None
+    assert learn.meta_reweight.this_fit.trusted is not None
     learn.export('l.pkl')
     assert secret[0].numpy().tobytes()[:64] not in (tmp_path/'l.pkl').read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         loaded = load_learner(tmp_path/'l.pkl')
     cb = loaded.meta_reweight
-    assert cb.meta_dl is None and cb._trusted is None and len(cb._weight_log) == 0
+    assert cb.meta_dl is None and cb.this_fit is None and cb.record_of_items.ledger is None
     x = images[3]
     loaded.remove_cbs(ProgressCallback)
     torch.testing.assert_close(loaded.predict(x)[2], learn.predict(x)[2])
@@ -176,9 +181,11 @@ def test_a_copy_does_not_take_another_loader_for_trusted(make_learner):
 
 def test_nothing_trusted_stays_after_a_fit(make_learner):
     learn = make_learner(MetaReweightCallback(every=2))
-    learn.fit(1)
-    held = vars(learn.meta_reweight)
-    assert all(held[o] is None for o in ('_trusted', '_meta_batch', '_meta_grad', '_example_weights'))
+    fits = []
+    learn.fit(1, cbs=Callback(after_loss=lambda self: fits.append(weakref.ref(self.meta_reweight.this_fit))))
+    assert learn.meta_reweight.this_fit is None and learn.meta_reweight.step is None
+    gc.collect()
+    assert fits and all(o() is None for o in fits)
 
 # ---- the progress table
 
@@ -240,8 +247,8 @@ def test_without_recorder_and_default_callbacks(make_learner):
 
 def test_frozen_parameters_are_not_looked_along(make_learner, monkeypatch):
     looked = []
-    original = meta_gradient
-    monkeypatch.setattr(fastai_l2rw.callback, 'meta_gradient', lambda m, f, b, names, *more: (looked.append(set(names)), original(m, f, b, names, *more))[1])
+    original = Fit.meta_gradient
+    monkeypatch.setattr(Fit, 'meta_gradient', lambda fit, names, step: (looked.append(set(names)), original(fit, names, step))[1])
     learn = make_learner(MetaReweightCallback(), splitter=split, train_bn=False)
     everything = {k for k,_ in learn.model.named_parameters()}
     learn.freeze(); learn.fit(1)
@@ -271,11 +278,11 @@ def test_every(make_learner, used):
 
 def test_every_takes_a_new_gradient_at_the_first_step_and_every_kth(make_learner, monkeypatch):
     events = []
-    for name in ('meta_gradient', 'alignment'):
-        original = getattr(fastai_l2rw.callback, name)
-        monkeypatch.setattr(fastai_l2rw.callback, name, lambda *a, name=name, original=original: (events.append(name[0]), original(*a))[1])
+    for owner,name in ((Fit, 'meta_gradient'), (fastai_l2rw.engines.routes, 'separate_pass')):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, name=name, original=original, **kw: (events.append(name[0]), original(*a, **kw))[1])
     learn = make_learner(MetaReweightCallback(every=3, engine='forward')); learn.fit(1)
-    assert ''.join(events) == 'maaamaa'[:len(events)] and len(events) == len(learn.dls.train) + 2
+    assert ''.join(events) == 'msssmss'[:len(events)] and len(events) == len(learn.dls.train) + 2
 
 def test_start_tries_a_trusted_batch_at_once(make_learner):
     learn = make_learner(MetaReweightCallback([(images[meta],)], start=2))
@@ -296,7 +303,7 @@ def test_start(make_learner, used):
 
 @pytest.mark.parametrize('on_zero', ['skip', 'uniform'])
 def test_on_zero(make_learner, monkeypatch, on_zero):
-    monkeypatch.setattr(fastai_l2rw.callback, 'rectify', torch.zeros_like)
+    monkeypatch.setattr(fastai_l2rw.weighers, 'rectify', torch.zeros_like)
     learn = make_learner(MetaReweightCallback(on_zero=on_zero), opt_func=SGD, wd=0.)
     before = dict(learn.model.named_parameters())['0.0.0.weight'].detach().clone()
     learn.fit(1, 1e-2)
@@ -309,7 +316,7 @@ def test_on_zero(make_learner, monkeypatch, on_zero):
 
 def test_penalties_of_other_callbacks_stay_in_the_loss(make_learner, monkeypatch):
     "With all weights at zero, what a callback of order 0 adds after the loss is all there is to learn from."
-    monkeypatch.setattr(fastai_l2rw.callback, 'rectify', torch.zeros_like)
+    monkeypatch.setattr(fastai_l2rw.weighers, 'rectify', torch.zeros_like)
     class Penalty(Callback):
         def after_loss(self):
             if self.training: self.learn.loss_grad += 10*self.model[1][3].weight.square().sum()
@@ -321,7 +328,7 @@ def test_penalties_of_other_callbacks_stay_in_the_loss(make_learner, monkeypatch
 @pytest.mark.parametrize('cb', [lambda: GradientAccumulation(32), lambda: GradientClip(0.1), lambda: RNNRegularizer(alpha=0., beta=0.)])
 def test_callbacks_that_scale_the_loss_or_its_gradient(make_learner, monkeypatch, cb):
     "Equal weights train as the mean loss does, with them too."
-    monkeypatch.setattr(fastai_l2rw.callback, 'rectify', torch.ones_like)
+    monkeypatch.setattr(fastai_l2rw.weighers, 'rectify', torch.ones_like)
     trained = []
     for callbacks in ([MetaReweightCallback(), cb()], [cb()]):
         learn = make_learner(callbacks, opt_func=SGD)
@@ -547,7 +554,7 @@ def test_a_loss_module_without_reduction(make_learner):
     LabelSmoothingCrossEntropyFlat(), FocalLossFlat(), nn.CrossEntropyLoss(label_smoothing=0.1), lambda out, y: F.cross_entropy(out, y, reduction='none')])
 def test_equal_weights_train_as_the_loss_does_by_itself(make_learner, monkeypatch, loss_func):
     "PyTorch's mean with class weights or ignored labels is not the mean over the items."
-    monkeypatch.setattr(fastai_l2rw.callback, 'rectify', torch.ones_like)
+    monkeypatch.setattr(fastai_l2rw.weighers, 'rectify', torch.ones_like)
     trained = []
     for callbacks in ([MetaReweightCallback()], [Callback(after_loss=lambda self: setattr(self.learn, 'loss_grad', self.loss_grad.mean()))]):
         learn = make_learner(callbacks, loss_func=loss_func, opt_func=SGD, metrics=[])
@@ -622,8 +629,8 @@ def test_removing_and_adding_between_fits(make_learner, used):
 
 def test_comes_and_goes_as_one(make_learner, used):
     "The callback brings a second one along, which applies the weights."
-    def names(learn): return sorted(type(cb).__name__ for cb in learn.cbs if 'Weigh' in type(cb).__name__ or 'Reweight' in type(cb).__name__)
-    both = ['MetaReweightCallback', '_WeighBatch', '_WeighLoss']
+    def names(learn): return sorted(type(cb).__name__ for cb in learn.cbs if type(cb).__module__.startswith('fastai_l2rw'))
+    both = ['ItemLedger', 'MetaReweightCallback', '_AfterLoss', '_BeforePass']
     learn = make_learner(cb := MetaReweightCallback())
     with learn.removed_cbs(list(learn.cbs)): assert names(learn) == []
     assert names(learn) == both
@@ -692,4 +699,4 @@ def test_bad_arguments(kwargs, error, message):
     with pytest.raises(error, match=message): MetaReweightCallback(**kwargs)
 
 def test_dataloaders_are_not_a_loader(dls):
-    with pytest.raises(TypeError, match='take one of its loaders, such as meta_dl.train'): MetaReweightCallback(dls)
+    with pytest.raises(TypeError, match=r'DataLoaders of 3 loaders, but must be one loader, of trusted examples.*such as meta_dl.loaders\[2\]'): MetaReweightCallback(dls)

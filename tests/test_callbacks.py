@@ -14,7 +14,7 @@ from fastai.data.all import DataLoaders
 from fastai.callback.data import WeightedDL
 from torch import nn
 
-import fastai_l2rw.callback
+import fastai_l2rw.weighers
 from fastai_l2rw.all import *
 from conftest import Augment, cnn, make_dls, split
 
@@ -111,7 +111,7 @@ def used(monkeypatch):
     class Log(list): equal = False
     log = Log()
     original = rectify
-    monkeypatch.setattr(fastai_l2rw.callback, 'rectify', lambda u: (log.append(u), torch.ones_like(u) if log.equal else original(u))[1])
+    monkeypatch.setattr(fastai_l2rw.weighers, 'rectify', lambda u: (log.append(u), torch.ones_like(u) if log.equal else original(u))[1])
     return log
 
 def compare(make_learner, used, build, tmp_path, **kwargs):
@@ -140,7 +140,7 @@ def test_a_whole_prediction_in_the_middle_of_an_epoch(make_learner, used):
     "It ends what the callback has begun for the fit, as it resets fastai's Recorder; the training goes on reweighted."
     learn = make_learner([MetaReweightCallback(), PredictInBetween(False)])
     learn.fit(2, 1e-2)
-    assert len(used) == 2*len(learn.dls.train) and len(learn.meta_reweight._weight_log) == len(used)
+    assert len(used) == 2*len(learn.dls.train) and learn.meta_reweight.item_weights().steps.sum() == 16*len(used)
 
 @pytest.mark.parametrize('norm', ['batch norm', 'no norm'])
 def test_distributed(tmp_path, norm):
@@ -161,9 +161,9 @@ def test_the_third_loader_of_distributed_training(make_learner, used):
     learn = make_learner(MetaReweightCallback())
     third = learn.dls.loaders[2]
     learn.dls.loaders[2] = DistributedDL(third, rank=1, world_size=2, device='cpu')
-    assert learn.meta_reweight._find_meta_dl() is third
-    learn.fit(1)
-    assert len(used) == len(learn.dls.train)
+    read = []
+    learn.fit(1, cbs=Callback(after_loss=lambda self: read.append(self.meta_reweight.this_fit.trusted.dl) if self.training else None))
+    assert len(used) == len(learn.dls.train) and all(dl is third for dl in read) and read
 
 @pytest.mark.parametrize('share', [False, True])
 def test_weights_in_bfloat16(make_learner, share):

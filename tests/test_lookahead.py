@@ -124,7 +124,7 @@ class Literal(Callback):
             self.plain = example_weights(self.model, per_item, (self.xb, self.yb), cb._meta_batch, list(params), {k: hypers[p]['lr'] for k,p in params.items()})
         self.expected = normalise(rectify(u))
     def after_loss(self):
-        got = self.learn.meta_reweight._example_weights
+        got = self.learn.meta_reweight.step.weights
         torch.testing.assert_close(got, self.expected, rtol=1e-4, atol=1e-6)
         self.compared += 1
         self.differs += not torch.allclose(got, self.plain, rtol=1e-3, atol=1e-6)
@@ -187,7 +187,7 @@ def test_with_gradient_accumulation(tmp_path, opt_func):
                 return per_item(functional_call(self.model, ahead, xm), ym).mean().detach()
             with unwatched(self.model): u = torch.stack([-(meta_loss(i, 1e-7) - meta_loss(i, -1e-7))/2e-7 for i in range(8)])
             self.expected = normalise(rectify(u))
-        def after_loss(self): torch.testing.assert_close(self.learn.meta_reweight._example_weights, self.expected, rtol=2e-3, atol=1e-5)
+        def after_loss(self): torch.testing.assert_close(self.learn.meta_reweight.step.weights, self.expected, rtol=2e-3, atol=1e-5)
     learn = learner(opt_func, tmp_path, [MetaReweightCallback(lookahead='opt'), GradientAccumulation(16), Compare()])
     learn.with_gradient = 0
     learn.fit(1, 0.01); learn.fit(1, 0.01)

@@ -59,7 +59,7 @@ MODELS = { # the model and the parameters
 class Weights(Callback):
     run_valid = False
     def before_fit(self): self.weights = []
-    def after_batch(self): self.weights.append(self.learn.meta_reweight._example_weights)
+    def after_batch(self): self.weights.append(self.learn.meta_reweight.step.weights)
 
 @pytest.fixture
 def fit(tmp_path):

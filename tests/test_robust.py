@@ -64,7 +64,7 @@ def test_relative_with_several_outputs_and_targets(make_learner):
         class Note(Callback):
             order = 100
             def after_loss(self):
-                if self.training: found.append(self.learn.meta_reweight._example_weights)
+                if self.training: found.append(self.learn.meta_reweight.step.weights)
         learn.fit(1, 1e-6, cbs=Note())
         return torch.cat(found)
     torch.testing.assert_close(weights(1.), weights(50.), rtol=1e-4, atol=1e-6)

@@ -148,7 +148,7 @@ NOT_SHARED = {
 class Note(Callback):
     run_valid = False
     def before_fit(self): self.noted,self.agreed = [],[]
-    def after_loss(self): self.noted.append(self.learn.meta_reweight._example_weights); self.agreed.append(self.learn.meta_reweight._agrees)
+    def after_loss(self): self.noted.append(self.learn.meta_reweight.step.weights); self.agreed.append(self.learn.meta_reweight._agrees)
 
 def fit(tmp_path, make_model, *cbs, epochs=2, **kwargs):
     set_seed(0)

@@ -29,7 +29,7 @@ class Noting(Callback):
         self.model.noting = False
     def after_batch(self):
         if self.training: self.after.append((len(self.x), len(self.pred), len(self.y)))
-        if self.training: self.weights.append(self.learn.meta_reweight._example_weights)
+        if self.training: self.weights.append(self.learn.meta_reweight.step.weights)
 
 class Whole(Callback):
     "Shows the whole batch to the oracle."
