@@ -102,12 +102,14 @@ class _Board:
     "Where worker processes write down which items are in the batches that are on their way."
     def __init__(self, n_workers, bs, ahead):
         self.n_workers,self.never = n_workers,torch.iinfo(torch.long).max
-        # of each batch: its number, the number of its items, and their positions
-        self.rows = torch.full(((ahead + 1)*n_workers, bs + 2), -1).share_memory_()
+        # of each worker's batches: the number of the batch, that of its items, and their positions
+        self.rows = torch.full((n_workers, (ahead + 1)*n_workers + 1, bs + 2), -1).share_memory_()
         # of each worker: the first batch that it did not make any more
         self.ends = torch.full((n_workers,), self.never).share_memory_()
         # a process of the first pass that wrote here, and 1 if another pass did
         self.passes = torch.zeros(2, dtype=torch.long).share_memory_()
+
+    def _row(self, worker, i): return self.rows[worker, i % self.rows.shape[1]]
 
     def begin(self, worker):
         "A worker begins its part of a pass."
@@ -118,18 +120,17 @@ class _Board:
 
     def write(self, worker, n, items):
         "Note the `n`th batch of a worker."
-        number = (n - 1)*self.n_workers + worker
-        row = self.rows[number % len(self.rows)]
+        row = self._row(worker, n - 1)
         known = len(items) <= len(row) - 2 and all(isinstance(o, int) for o in items)
         row[0] = -1
         if known: row[2:2 + len(items)] = torch.tensor(items, dtype=torch.long)
-        row[1],row[0] = len(items) if known else 0,number
+        row[1],row[0] = len(items) if known else 0,(n - 1)*self.n_workers + worker
 
     def end(self, worker, n): self.ends[worker] = n*self.n_workers + worker
 
     def read(self, i):
         "The positions of batch `i`, if that is sure."
-        number,n,*items = self.rows[i % len(self.rows)].tolist()
+        number,n,*items = self._row(i % self.n_workers, i // self.n_workers).tolist()
         if number == i and i < self.ends.min() and not self.passes[1]: return items[:n]
 
 # %% ../nbs/09_ledger.ipynb #a298d538
