@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['naming', 'all_finite', 'not_finite_items', 'Step', 'Epoch', 'Checkpoint', 'Fit']
 
-# %% ../nbs/10_fit.ipynb #9dd33ebe
+# %% ../nbs/10_fit.ipynb #97f0f552
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -33,7 +33,7 @@ from .reweight import effective_sample_size, meta_gradient, normalise, weighted_
 from .trusted import TrustedBatches, check_labels, check_meta_dl, class_names, describe_batch, label_kind, plain_tensors
 from .weighers import output_gradient_norms
 
-# %% ../nbs/10_fit.ipynb #32692da7
+# %% ../nbs/10_fit.ipynb #e6c42177
 @contextmanager
 def naming(
     where:Callable, # Gives the place, in words
@@ -63,7 +63,7 @@ def not_finite_items(
     tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.numel() and (t.is_floating_point() or t.is_complex())]
     return torch.stack([~t.isfinite().reshape(len(t), -1).all(1) for t in tensors]).any(0).nonzero().flatten().tolist() if tensors else []
 
-# %% ../nbs/10_fit.ipynb #708659b3
+# %% ../nbs/10_fit.ipynb #3419210f
 @dataclass(eq=False)
 class Step:
     "A training step: made when the batch and the learning rates are ready, dropped when the next begins."
@@ -73,7 +73,7 @@ class Step:
     targets:tuple # Likewise
     items:Tensor|None=None # Positions of the items in the training set, if they are known
     n_items:int=0 # Number of training items
-    why_no_items:str='' # Why they are not known
+    why:str='' # Why they are not known
     meta_batch:tuple|None=None # The trusted batch that the direction comes from
     meta_loss:Tensor|None=None # The mean loss on it
     direction:dict|None=None # Direction of the look-ahead, by parameter name, as long as it is needed
@@ -111,7 +111,7 @@ class Step:
         "The step's batch, in words."
         return f'batch {self.iter} of the training loader in epoch {self.epoch} ({describe_batch(self.batch)})'
 
-# %% ../nbs/10_fit.ipynb #9f26e291
+# %% ../nbs/10_fit.ipynb #9ff54919
 @dataclass
 class Epoch:
     "An epoch of training: sums of the figures that the progress table shows."
@@ -131,7 +131,7 @@ class Epoch:
         "The means by now."
         return [float(self.sums[k])/self.counts[k] if k in self.sums else float('nan') for k in self.names]
 
-# %% ../nbs/10_fit.ipynb #84793262
+# %% ../nbs/10_fit.ipynb #16b4e8ba
 class _Left(dict):
     "What a callback of this process has left; on disk it is a plain dictionary."
     def __init__(self, content, owner):
@@ -140,7 +140,7 @@ class _Left(dict):
     def __reduce__(self): return OrderedDict,(list(self.items()),) # which `torch.load` takes for harmless
     def __deepcopy__(self, memo): return deepcopy(dict(self), memo)
 
-# %% ../nbs/10_fit.ipynb #57beec85
+# %% ../nbs/10_fit.ipynb #c8a60d78
 class Checkpoint:
     "A few values, where `learn.save` and `learn.load` find them."
     key = 'meta_reweight'
@@ -166,7 +166,7 @@ class Checkpoint:
         "Take it away."
         for state in self.bare.state.values(): state.pop(self.key, None)
 
-# %% ../nbs/10_fit.ipynb #1bb2290c
+# %% ../nbs/10_fit.ipynb #79cf5ed1
 class Fit:
     "What lives as long as a fit; raises what is wrong with the trusted loader, the model or the loss before a training batch is read."
     def __init__(self,
@@ -183,7 +183,9 @@ class Fit:
         self.device,self.losses = one_param(learn.model).device,LearnerLosses(learn)
         together = isinstance(learn.model, nn.parallel.DistributedDataParallel) and torch.distributed.is_initialized()
         self.n_processes = torch.distributed.get_world_size() if together else 1
-        self.n_items,self.items,self.step,self.epoch = len(getattr(learn.dls, 'train_ds', None) or ()),None,None,Epoch()
+        dataset = getattr(learn.dls.train, 'dataset', None)
+        self.n_items = len(dataset) if hasattr(dataset, '__len__') else 0
+        self.items,self.step,self.epoch = None,None,Epoch()
         self.traces,self.meta_batch,self.means = ((),()),None,None
         engine.begin()
         self.find_parameters()
@@ -262,7 +264,7 @@ class Fit:
         if self.items is not None: self.items.close()
         self.step = self.items = self.trusted = self.owner = self.learn = None
 
-# %% ../nbs/10_fit.ipynb #aa315c5b
+# %% ../nbs/10_fit.ipynb #98ff5910
 @patch
 def describe_trusted(self:Fit)->str:
     "The trusted batch at hand, in words."
@@ -306,7 +308,7 @@ def check_skippable(self:Fit):
     if any(type(cb).__name__ == 'RNNCallback' for cb in self.learn.cbs):
         raise ValueError("skip_zeros=True can't be used with RNNCallback, whose regularizer takes all examples of a batch into account")
 
-# %% ../nbs/10_fit.ipynb #d8cbd1a7
+# %% ../nbs/10_fit.ipynb #1a24c801
 @patch
 def begin_epoch(self:Fit, epoch:int):
     "Begin an epoch of training."
@@ -319,7 +321,7 @@ def begin_epoch(self:Fit, epoch:int):
     self.items = BatchItems(self.learn.dls.train)
     self.weigher.check_items(self.items.why)
 
-# %% ../nbs/10_fit.ipynb #60e6f834
+# %% ../nbs/10_fit.ipynb #6368ce88
 @patch
 def meta_gradient(self:Fit, at, step:Step)->dict:
     "The gradient on the next trusted batch, at parameters `at`."
@@ -342,7 +344,7 @@ def weighted_gradient(self:Fit, step:Step, weigh:Callable)->dict:
     with naming(step.describe):
         return weighted_gradient(self.model, scaled, step.batch, lambda o: weigh(o/step.scale), list(self.groups), self.changing)[0]
 
-# %% ../nbs/10_fit.ipynb #e017c751
+# %% ../nbs/10_fit.ipynb #76947096
 @patch
 def before_pass(self:Fit):
     "Begin a step, and do what has to be done before the Learner's pass."
@@ -357,7 +359,7 @@ def before_pass(self:Fit):
             self.whole, autocast=self.autocast(), changing=self.changing)
     if self.owner.skip_zeros: self.weigh_before(step)
 
-# %% ../nbs/10_fit.ipynb #65f4dba5
+# %% ../nbs/10_fit.ipynb #ffa8d34d
 @patch
 def after_loss(self:Fit):
     "Weigh the batch that the Learner has predicted, and put the weighted loss in the place of the mean loss."
@@ -425,7 +427,7 @@ def check_finite(self:Fit, step:Step, alignments:Tensor):
     raise FloatingPointError(f'{step.describe()}: the alignments of its item(s) {bad} with {self.describe_trusted()} are NaN or infinite, although '
         'the model and both batches are finite. Does the loss, or a layer, overflow or divide by zero?')
 
-# %% ../nbs/10_fit.ipynb #67dacec5
+# %% ../nbs/10_fit.ipynb #30a1532b
 @patch
 def weigh_before(self:Fit, step:Step):
     "Compute the weights before the Learner's pass, and let that run on few examples."

@@ -70,7 +70,7 @@ def in_mean_units(
     size = alignments.abs().mean()
     return alignments/(size + (size == 0))
 
-# %% ../nbs/08_weighers.ipynb #dcaac916
+# %% ../nbs/08_weighers.ipynb #a1aca4c0
 class Relative:
     "Divides alignments by the length of the gradient at the output."
     def __call__(self,
@@ -91,7 +91,7 @@ class Smooth:
         step, # The step, with `items` and `n_items`, the number of training items
     )->Tensor: # Shape (n,)
         "Transform the alignments of a step; raises `ValueError` where nobody knows which items it has."
-        self.check_items(None if step.items is not None else step.why_no_items)
+        self.check_items(None if step.items is not None else step.why)
         if self.running is None: self.running = RunningAlignments(self.decay, step.n_items, alignments.device)
         return self.running.update(step.items, in_mean_units(alignments))
 
@@ -148,7 +148,7 @@ def transforms_for(
     if margin: chain.append(Margin(margin))
     return chain
 
-# %% ../nbs/08_weighers.ipynb #f944e1e2
+# %% ../nbs/08_weighers.ipynb #2e88a86a
 class AlignmentWeigher:
     "Weights in proportion to positive alignments with the gradient on a trusted batch (Ren et al. 2018, Algorithm 1)."
     needs_losses = False # can the direction be known before the losses of the batch?
@@ -202,7 +202,7 @@ class AlignmentWeigher:
         for t in self.transforms:
             if resumed and hasattr(t, 'load'): t.load(state, n_items)
 
-# %% ../nbs/08_weighers.ipynb #afa0a3cb
+# %% ../nbs/08_weighers.ipynb #19036b5f
 class LossWeigher:
     "Weights as a function of the loss, which is learned on trusted examples (Meta-Weight-Net, Shu et al. 2019, Algorithm 1)."
     needs_losses = True
