@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['rules', 'takes_gradient', 'sets_hook', 'Rule', 'rule', 'plain_tensor', 'value_and_tangent', 'graph_node',
-           'product_rule', 'batch_norm_rule', 'layer_norm_rule', 'attention_rule', 'sum_rule', 'product_of_two_rule',
-           'relu_rule', 'max_pool_rule', 'activation_rule', 'dropout_rule', 'GradientInside', 'NoForwardDerivative',
-           'DualPass']
+           'NoForwardDerivative', 'product_rule', 'batch_norm_rule', 'layer_norm_rule', 'attention_rule',
+           'embedding_rule', 'sum_rule', 'product_of_two_rule', 'relu_rule', 'max_pool_rule', 'activation_rule',
+           'dropout_rule', 'GradientInside', 'DualPass']
 
-# %% ../../nbs/03_engines.rules.ipynb #c388cf1e
+# %% ../../nbs/03_engines.rules.ipynb #be554cbc
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,13 +21,14 @@ from torch.utils._pytree import tree_map_only
 
 from .passes import Exchange, own_attention
 
-# %% ../../nbs/03_engines.rules.ipynb #7fed5ba7
+# %% ../../nbs/03_engines.rules.ipynb #3bf61f20
 @dataclass
 class Rule:
     "How tangents pass through an operator."
     follow:Callable # `follow(op, out, *args, **kwargs)` gives a function from tangents, in the places of the tensors in the arguments, to that of `out`; or `None`
     keeps:str='' # Whose values it needs later: 'inputs', 'output' or nobody's
     own_memory:bool=False # Does the tangent that it gives lie in memory of its own?
+    random:bool=False # May a call draw random numbers?
     takes_spare:bool=False # Does it take `spare=True`, and may then put its result where the first tangent was?
     dual:Callable|None=None # `dual(op, *args, **kwargs)` computes a call with dual numbers; default: PyTorch does
 
@@ -65,12 +66,22 @@ def graph_node(
     while type(node).__name__ == 'AliasBackward0': node = node.next_functions[0][0]
     return node
 
-# %% ../../nbs/03_engines.rules.ipynb #4b79f61f
+# %% ../../nbs/03_engines.rules.ipynb #c61e37db
+class NoForwardDerivative(NotImplementedError):
+    "An operator of the model has no forward-mode derivative, so the engine 'forward' can't be used."
+    def __init__(self,
+        operator:str, # Name of the operator, as PyTorch reports it
+    ):
+        self.operator = operator
+        super().__init__(f"engine='forward' can't be used: {operator} has no forward-mode derivative in PyTorch {torch.__version__}. "
+            "Use engine='reverse', which is exact as well, but slower.")
+
+# %% ../../nbs/03_engines.rules.ipynb #5ea9dd7b
 with warnings.catch_warnings(), forward_ad.dual_level(): # the first dual number makes PyTorch load what warns of itself
     warnings.simplefilter('ignore', FutureWarning)
     forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
-# %% ../../nbs/03_engines.rules.ipynb #b3e106ef
+# %% ../../nbs/03_engines.rules.ipynb #14ea5ed5
 def _in_parts(f, *xs):
     "`f` of batches, a part after the other."
     y,at = None,0
@@ -96,14 +107,14 @@ def _product_tangent(op, x, w, dx, dw, db, *args, **kwargs):
     else: dy += op(dx, w, None, *args, **kwargs)
     return dy
 
-# %% ../../nbs/03_engines.rules.ipynb #07aae990
+# %% ../../nbs/03_engines.rules.ipynb #73d2323a
 @rule(F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, keeps='inputs', own_memory=True)
 def product_rule(op, out, input, weight, bias=None, *args, **kwargs):
     "Of what is linear in its input and in its parameters."
     x,w = plain_tensor(input),plain_tensor(weight)
     return lambda input, weight, bias=None, *args, **kwargs: _product_tangent(op, x, w, input, weight, bias, *args, **kwargs)
 
-# %% ../../nbs/03_engines.rules.ipynb #fe5d192c
+# %% ../../nbs/03_engines.rules.ipynb #c2a77e17
 def _product_dual(op, input, weight, bias=None, *args, **kwargs):
     (x,dx),(w,dw),(b,db) = value_and_tangent(input, weight, bias)
     if dx is None and dw is None: return op(input, weight, bias, *args, **kwargs)
@@ -111,7 +122,7 @@ def _product_dual(op, input, weight, bias=None, *args, **kwargs):
 
 product_rule.dual = _product_dual
 
-# %% ../../nbs/03_engines.rules.ipynb #2945edcc
+# %% ../../nbs/03_engines.rules.ipynb #efa60673
 def _batch_norm_tangent(x, weight, mean, scale, eps, dx, dweight, dbias, spare=False):
     "Given the batch's `mean` and one over its standard deviation, `scale`; `None` stands for zero. Is the memory of `dx` to spare?"
     dweight,dbias = [torch.zeros_like(mean) if o is None else o for o in (dweight, dbias)]
@@ -125,7 +136,7 @@ def _batch_norm_tangent(x, weight, mean, scale, eps, dx, dweight, dbias, spare=F
         part += F.batch_norm(of, mean, scale**-2, dweight, dbias, eps=0.)
     return dy
 
-# %% ../../nbs/03_engines.rules.ipynb #f095481c
+# %% ../../nbs/03_engines.rules.ipynb #2eb330eb
 @rule(F.batch_norm, keeps='inputs', own_memory=True, takes_spare=True)
 def batch_norm_rule(op, out, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     "Of a norm by the batch's statistics, which the graph has kept."
@@ -136,7 +147,7 @@ def batch_norm_rule(op, out, input, running_mean, running_var, weight=None, bias
         return _batch_norm_tangent(x, w, mean, scale, eps, input, weight, bias, spare)
     return tangent
 
-# %% ../../nbs/03_engines.rules.ipynb #426374d1
+# %% ../../nbs/03_engines.rules.ipynb #99f42a0f
 def _batch_norm_dual(op, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     (x,dx),(w,dw),(b,db) = value_and_tangent(input, weight, bias)
     if not training or x.numel() == x.shape[1] or (dx is None and dw is None and db is None):
@@ -161,12 +172,12 @@ def _layer_norm_dual(op, input, normalized_shape, weight=None, bias=None, eps=1e
         dy += op(x, normalized_shape, dw, db, eps)
     return forward_ad.make_dual(y, dy)
 
-# %% ../../nbs/03_engines.rules.ipynb #6f8f238c
+# %% ../../nbs/03_engines.rules.ipynb #4c5c6876
 @rule(F.layer_norm, dual=_layer_norm_dual)
 def layer_norm_rule(op, out, *args, **kwargs):
     "Along the Learner's own pass, a call of layer norm is computed again with dual numbers."
 
-# %% ../../nbs/03_engines.rules.ipynb #8d58ae57
+# %% ../../nbs/03_engines.rules.ipynb #d971a432
 def _attention_tangent(q, k, v, mask, is_causal, scale, dq, dk, dv):
     factor = q.shape[-1]**-0.5 if scale is None else scale
     scores = q @ k.transpose(-2, -1) * factor
@@ -190,12 +201,31 @@ def _attention_dual(op, query, key, value, attn_mask=None, dropout_p=0., is_caus
     tangent = _attention_tangent(q, k, v, mask, is_causal, scale, dq, dk, dv)
     return forward_ad.make_dual(out, torch.empty_like(out).copy_(tangent))
 
-# %% ../../nbs/03_engines.rules.ipynb #d1804ab4
-@rule(F.scaled_dot_product_attention, dual=_attention_dual)
+# %% ../../nbs/03_engines.rules.ipynb #43369851
+@rule(F.scaled_dot_product_attention, dual=_attention_dual, random=True)
 def attention_rule(op, out, *args, **kwargs):
     "Along the Learner's own pass, a call of attention is computed again with dual numbers."
 
-# %% ../../nbs/03_engines.rules.ipynb #ac07752e
+# %% ../../nbs/03_engines.rules.ipynb #a4dbf455
+def _embedding_tangent(input, dweight, padding_idx):
+    dy = F.embedding(input, dweight)
+    return dy if padding_idx is None else dy.masked_fill((input == padding_idx % len(dweight))[..., None], 0)
+
+def _embedding_dual(op, input, weight, padding_idx=None, max_norm=None, norm_type=2., scale_grad_by_freq=False, sparse=False):
+    w,dw = forward_ad.unpack_dual(weight)
+    if dw is None: return op(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if scale_grad_by_freq: raise NoForwardDerivative('an embedding with scale_grad_by_freq')
+    return forward_ad.make_dual(op(input, w, padding_idx, max_norm, norm_type), _embedding_tangent(input, dw, padding_idx))
+
+# %% ../../nbs/03_engines.rules.ipynb #0cf5d124
+@rule(F.embedding, dual=_embedding_dual)
+def embedding_rule(op, out, input, weight, padding_idx=None, max_norm=None, norm_type=2., scale_grad_by_freq=False, sparse=False):
+    "Of an embedding."
+    if scale_grad_by_freq: raise NoForwardDerivative('an embedding with scale_grad_by_freq')
+    places = plain_tensor(input)
+    return lambda input, weight, *args, **kwargs: _embedding_tangent(places, weight, padding_idx)
+
+# %% ../../nbs/03_engines.rules.ipynb #4853eed4
 @rule(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__, takes_spare=True)
 def sum_rule(op, out, a, b, *, alpha=1):
     "Of a sum."
@@ -231,10 +261,10 @@ def max_pool_rule(op, out, *args, **kwargs):
     places = node._saved_result1
     return lambda x, *args, **kwargs: x.flatten(-2).gather(-1, places.flatten(-2)).view(places.shape)
 
-# %% ../../nbs/03_engines.rules.ipynb #08743ddb
+# %% ../../nbs/03_engines.rules.ipynb #a9e03825
 _diagonal = {f'{o}Backward{i}' for i in (0, 1) for o in ('Silu','Gelu','Hardswish','Hardsigmoid','Hardtanh','LeakyRelu','Elu','Mish','Sigmoid','Tanh')}
 
-# %% ../../nbs/03_engines.rules.ipynb #250ee1f6
+# %% ../../nbs/03_engines.rules.ipynb #0dc8913d
 @rule(F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.hardtanh, F.relu6, F.leaky_relu, F.elu, F.mish,
       torch.sigmoid, torch.tanh, Tensor.sigmoid, Tensor.tanh)
 def activation_rule(op, out, *args, **kwargs):
@@ -249,18 +279,9 @@ def dropout_rule(op, out, *args, **kwargs):
     if type(node).__name__ == 'MulBackward0': return lambda input, *args, **kwargs: node(input)[0]
     if type(node).__name__ == 'NativeDropoutBackward0': return lambda input, *args, **kwargs: node(input)
 
-# %% ../../nbs/03_engines.rules.ipynb #a617025c
+# %% ../../nbs/03_engines.rules.ipynb #c25f79a4
 class GradientInside(Exception):
     "A model takes a gradient while it runs."
-
-class NoForwardDerivative(NotImplementedError):
-    "An operator of the model has no forward-mode derivative, so the engine 'forward' can't be used."
-    def __init__(self,
-        operator:str, # Name of the operator, as PyTorch reports it
-    ):
-        self.operator = operator
-        super().__init__(f"engine='forward' can't be used: {operator} has no forward-mode derivative in PyTorch {torch.__version__}. "
-            "Use engine='reverse', which is exact as well, but slower.")
 
 takes_gradient = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 sets_hook = {Tensor.register_hook}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['InDoubt', 'operator_name', 'Tape', 'follow', 'OwnPass']
 
-# %% ../../nbs/04_engines.tape.ipynb #0b803237
+# %% ../../nbs/04_engines.tape.ipynb #606bc33f
 from collections import Counter
 from functools import partial
 
@@ -20,7 +20,7 @@ from fastai_l2rw.engines.passes import (forked_random, model_device, plain_kerne
     watched_functions)
 from .rules import DualPass, graph_node, plain_tensor, rules, sets_hook, takes_gradient
 
-# %% ../../nbs/04_engines.tape.ipynb #83e0d687
+# %% ../../nbs/04_engines.tape.ipynb #e650ffe7
 class InDoubt(Exception):
     "The tape can't say what the tangents are; the message names what it met."
 
@@ -40,7 +40,7 @@ def operator_name(func)->str: # For people
     if name in ('__get__', '__set__'): name = f"{getattr(getattr(func, '__self__', None), '__name__', '')}.{name}"
     return f'{owner.__name__}.{name}' if owner else name
 
-# %% ../../nbs/04_engines.tape.ipynb #7e078fb8
+# %% ../../nbs/04_engines.tape.ipynb #8626bf8a
 _only_shapes = {torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.movedim, torch.chunk, torch.split, torch.unbind,
     Tensor.flatten, Tensor.reshape, Tensor.view, Tensor.permute, Tensor.transpose, Tensor.squeeze, Tensor.unsqueeze, Tensor.movedim, Tensor.chunk, Tensor.split,
     Tensor.expand, Tensor.expand_as, Tensor.view_as, Tensor.contiguous, Tensor.as_subclass, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__, Tensor.unbind}
@@ -52,7 +52,7 @@ class _Call:
     "A call on the tape."
     __slots__ = ('func','tangent','args','kwargs','numbers','results','kept','states','known')
 
-# %% ../../nbs/04_engines.tape.ipynb #8dee2f4a
+# %% ../../nbs/04_engines.tape.ipynb #74eaa907
 class Tape(TorchFunctionMode):
     "Notes the operators through which a pass depends on parameters, and follows tangents along them."
     def __init__(self,
@@ -94,7 +94,7 @@ class Tape(TorchFunctionMode):
         foreign = self.whole and any(k is None and t.grad_fn is not None for k,t in zip(numbers, given))
         if not foreign and all(k is None for k in numbers): return func(*args, **kwargs)
         known = rules.get(func)
-        random = known is None and func not in _not_random # it may be, for all that is known
+        random = known.random if known is not None else func not in _not_random # it may be, for all that is known
         states = [g.get_state() for g in random_generators(self.device)] if random else None
         versions = [t._version for t in given]
         out = func(*args, **kwargs)
@@ -147,7 +147,7 @@ class Tape(TorchFunctionMode):
         super().__exit__(*error)
         self.watching.__exit__(*error)
 
-# %% ../../nbs/04_engines.tape.ipynb #92f0c5ac
+# %% ../../nbs/04_engines.tape.ipynb #c55f2a48
 class _Number(int): "Stands for a tensor in noted arguments."
 _no_number = _Number(-2)
 
@@ -169,7 +169,7 @@ def _with_tangents(x, tangents):
 
 def _own_lists(x): return type(x)(map(_own_lists, x)) if type(x) in (list, tuple) else x
 
-# %% ../../nbs/04_engines.tape.ipynb #21c03c5e
+# %% ../../nbs/04_engines.tape.ipynb #bb88b36c
 def _compute_again(tape, call, tangents):
     "The tangents of the results of a call, by PyTorch."
     if call.states:
@@ -184,7 +184,7 @@ def _compute_again(tape, call, tangents):
         out = known.dual(call.func, *args, **kwargs) if known is not None and known.dual is not None else call.func(*args, **kwargs)
         return [forward_ad.unpack_dual(o).tangent for o in _tensors((out,))]
 
-# %% ../../nbs/04_engines.tape.ipynb #be7d0cfb
+# %% ../../nbs/04_engines.tape.ipynb #bf567a2c
 def follow(
     tape:Tape, # A tape without doubt
     direction:dict, # Direction by parameter name
@@ -208,7 +208,7 @@ def follow(
             if k is not None and last[k] == i and k not in wanted: tangents.pop(k, None)
     return tangents
 
-# %% ../../nbs/04_engines.tape.ipynb #0435b1e4
+# %% ../../nbs/04_engines.tape.ipynb #2bac109e
 def _no_hook(): return _nothing
 def _nothing(*args): pass
 
@@ -218,7 +218,7 @@ class _Hook:
     def __call__(self, *args): return self.act(*args)
     def __reduce__(self): return _no_hook,()
 
-# %% ../../nbs/04_engines.tape.ipynb #1f6d50ee
+# %% ../../nbs/04_engines.tape.ipynb #585244dd
 class OwnPass:
     "The next pass of a model on given inputs: its output, and tangents along it."
     def __init__(self,

@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader as TorchLoader, TensorDataset
 from torchvision import models as tv
 
-import fastai_l2rw.callback
+import fastai_l2rw.weighers
 from fastai_l2rw.all import *
-from fastai_l2rw.shared import _SharedPass, _Tape
+from fastai_l2rw.engines.routes import Engine, along_output
+from fastai_l2rw.engines.tape import OwnPass, Tape
 from conftest import Augment, cnn, make_dls, tensors
 
 def timm_model(name, **kwargs): return pytest.importorskip('timm').create_model(name, num_classes=3, **kwargs)
@@ -146,9 +147,13 @@ NOT_SHARED = {
 }
 
 class Note(Callback):
+    "Keeps the weights of each step, and whether they come from the Learner's own pass."
     run_valid = False
     def before_fit(self): self.noted,self.agreed = [],[]
-    def after_loss(self): self.noted.append(self.learn.meta_reweight.step.weights); self.agreed.append(self.learn.meta_reweight._agrees)
+    def after_loss(self):
+        step = self.learn.meta_reweight.step
+        self.noted.append(step and step.weights)
+        self.agreed.append(step is not None and step.route == 'own pass')
 
 def fit(tmp_path, make_model, *cbs, epochs=2, **kwargs):
     set_seed(0)
@@ -214,8 +219,13 @@ def test_what_the_first_batch_hides(tmp_path):
         assert_same(shared, separate)
 
 def test_it_is_compared_again(tmp_path, monkeypatch):
-    steps = []
-    monkeypatch.setattr(fastai_l2rw.callback, '_SharedPass', lambda model, params, inputs, expected, whole: (steps.append(expected is not None), _SharedPass(model, params, inputs, expected, whole))[1])
+    steps,after_pass = [],Engine.after_pass
+    def noted(engine, *args):
+        before = engine.compared
+        found = after_pass(engine, *args)
+        steps.append(engine.compared > before)
+        return found
+    monkeypatch.setattr(Engine, 'after_pass', noted)
     for _ in range(2):
         fit(tmp_path, SHARED['plain CNN'], epochs=7)
         assert [i for i,compared in enumerate(steps) if compared] == [0, 1, 4, 16]
@@ -226,7 +236,7 @@ def test_the_model_runs_once_less(tmp_path):
         Count.calls = 0
         fit(tmp_path, lambda: nn.Sequential(Count(), body(), nn.Linear(72, 3)), epochs=1, **kwargs)
         return Count.calls
-    assert calls(engine='forward') - calls() == 1 # three steps, the first two of which are compared
+    assert calls(engine='forward') - calls() == 3 # in three steps
 
 def test_a_second_pass_in_a_step(tmp_path):
     "A callback has the model run on something else before and after: its pass is not taken for the Learner's."
@@ -290,10 +300,10 @@ def test_an_error_after_the_pass_leaves_the_buffers(make_learner):
     learn = make_learner(MetaReweightCallback())
     states = []
     with pytest.MonkeyPatch.context() as patch:
-        def weights_from(u):
+        def rectified(u):
             if learn.iter == 2: raise KeyboardInterrupt
-            return normalise(rectify(u))
-        patch.setattr(learn.meta_reweight, '_weights_from', weights_from)
+            return rectify(u)
+        patch.setattr(fastai_l2rw.weighers, 'rectify', rectified)
         cb = Callback(before_batch=lambda self: states.append(deepcopy(self.model.state_dict())))
         with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=cb)
     for k,v in learn.model.state_dict().items(): assert torch.equal(v, states[-1][k]), k
@@ -319,7 +329,7 @@ def test_nothing_of_a_step_is_kept(make_learner):
 
 def test_a_note_that_fails_does_not_fail_the_model(tmp_path, monkeypatch):
     def fail(*args): raise RuntimeError('a tensor of another kind')
-    monkeypatch.setattr(_Tape, '_note', fail)
+    monkeypatch.setattr(Tape, '_note', fail)
     shared,separate = fit(tmp_path, SHARED['plain CNN']),fit(tmp_path, SHARED['plain CNN'], engine='forward')
     assert not any(shared.note.agreed)
     assert_same(shared, separate)
@@ -340,15 +350,16 @@ def test_activations_are_let_go(make_learner):
 def test_a_copy_of_a_watched_model_is_not_watched():
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
     x = torch.randn(2, 4)
-    watched = _SharedPass(model, dict(model.named_parameters()), (x,))
+    watched = OwnPass(model, dict(model.named_parameters()), (x,))
     for copy in (deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(copy(x), model[1](model[0](x))) and not watched.sure
+        assert torch.equal(copy(x), model[1](model[0](x))) and not watched.seen
     model(torch.randn(2, 4))
-    assert not watched.sure
-    watched = _SharedPass(model, dict(model.named_parameters()), (x,))
+    assert not watched.seen
+    watched.close()
+    watched = OwnPass(model, dict(model.named_parameters()), (x,))
     model(x)
-    assert watched.sure and not model._forward_hooks
-    watched.remove()
+    assert watched.seen and not watched.doubt and not model._forward_hooks
+    watched.close()
 
 class Used(nn.Module):
     "What a convolution, a batch norm and a sum give is used once or twice, in whatever order."
@@ -376,10 +387,10 @@ def test_tangents_take_the_place_of_none_that_is_still_needed(forward):
     v = {k: torch.randn_like(p) for k,p in model.named_parameters()}
     before = deepcopy(v)
     expected = alignment(model, loss_func, batch, v)
-    watched = _SharedPass(model, dict(model.named_parameters()), batch[:1])
-    model(batch[0])
+    watched = OwnPass(model, dict(model.named_parameters()), batch[:1])
+    losses = loss_func(model(batch[0]), batch[1])
     for _ in range(2):
-        u = watched._shared(loss_func, batch, v)
-        assert watched.sure and torch.allclose(u, expected, rtol=1e-9, atol=1e-9)
+        u = along_output(losses, watched, v)
+        assert not watched.doubt and torch.allclose(u, expected, rtol=1e-9, atol=1e-9)
         assert all(torch.equal(v[k], before[k]) for k in v)
-    watched.remove()
+    watched.close()
