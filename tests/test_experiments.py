@@ -7,10 +7,10 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_scor
 from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 from torch import nn
 
-from fastai_l2rw.experiments import *
-from fastai_l2rw.grid import *
-from fastai_l2rw.grid import _seconds_left
-from fastai_l2rw import experiments
+from fastai_l2rw.studies.training import *
+from fastai_l2rw.studies.grids import *
+from fastai_l2rw.studies.grids import _seconds_left
+from fastai_l2rw.studies import training
 from conftest import make_dls
 
 families = dict(dominance={'dominance 0.5': dict(dominance=0.5), 'dominance 0.9': dict(dominance=0.9)}, noise={'uniform 0.4': dict(uniform=0.4)})
@@ -349,11 +349,11 @@ def test_unknown_schedules():
 @pytest.mark.parametrize('every,epochs,expected', [(1, 3, [1, 2, 3]), (2, 5, [2, 4, 5]), (9, 2, [2])])
 def test_validations(every, epochs, expected, monkeypatch):
     "Validated every few epochs and after the last one; the best of these epochs is remembered."
-    seen,original = [],experiments.confusion_matrix
+    seen,original = [],training.confusion_matrix
     def spy(model, dl, n):
         seen.append(original(model, dl, n))
         return seen[-1]
-    monkeypatch.setattr(experiments, 'confusion_matrix', spy)
+    monkeypatch.setattr(training, 'confusion_matrix', spy)
     row,_ = train_digits('unweighted', every=every, epochs=epochs, lr=0.3)
     assert len(seen) == len(expected) + 1
     found = [scores(o)['balanced_accuracy'] for o in seen[:-1]]

@@ -5,12 +5,12 @@ from urllib.error import URLError
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 
-from fastai_l2rw.experiments import *
-from fastai_l2rw.grid import *
-from fastai_l2rw.report import cifar10, ham10000
-from fastai_l2rw.report.cifar10 import *
-from fastai_l2rw.report.core import *
-from fastai_l2rw.report.ham10000 import *
+from fastai_l2rw.studies.training import *
+from fastai_l2rw.studies.grids import *
+from fastai_l2rw.studies import cifar10, ham10000
+from fastai_l2rw.studies.cifar10 import *
+from fastai_l2rw.studies.tables import *
+from fastai_l2rw.studies.ham10000 import *
 from test_data_cifar10 import make as make_cifar10
 from test_data_ham10000 import ids, make as make_ham10000, make_test, metadata
 
