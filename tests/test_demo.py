@@ -4,7 +4,7 @@ import numpy as np, pandas as pd, pytest
 from sklearn.datasets import load_digits
 
 from fastai_l2rw.studies.demo import *
-from fastai_l2rw import demo
+from fastai_l2rw.studies import demo
 
 clean = load_digits().target
 
