@@ -20,24 +20,26 @@ from fastai.losses import CrossEntropyLossFlat, FocalLossFlat
 from fastai.tabular.core import TabDataLoader, TabWeightedDL
 from fastcore.basics import store_attr
 
-from .callback import MetaReweightCallback, _class_names, _naming, _scale
-from .data.core import _labels_of, listed
+from .callback import MetaReweightCallback, _naming, _scale
+from .data.core import item_labels, label_vocab, listed
 from .reweight import *
 
 # %% ../nbs/11_schemes.ipynb #94af59a5
 def _class_labels(dls):
     "The label of each training item."
-    try: return _labels_of(dls.train.dataset).tolist()
+    try: return item_labels(dls.train.dataset).tolist()
     except (TypeError, ValueError) as e: raise ValueError(f'dls must have one class label per training item: {e}') from e
 
 def class_counts(
     dls:DataLoaders, # `DataLoaders` with one label per training item
 )->Tensor: # Shape (number of classes,)
     "Number of training items of each class; raises `ValueError` if the items don't have one label each."
-    counts = Counter(_class_labels(dls))
-    if not hasattr(dls, 'vocab') and not all(isinstance(o, int) and o >= 0 for o in counts):
-        raise ValueError(f'dls has no vocab, so its labels must be whole numbers from 0, not {listed(counts)}')
-    return torch.tensor([counts[c] for c in _class_names(dls) or range(max(counts) + 1)])
+    counts,classes = Counter(_class_labels(dls)),label_vocab(dls.train.dataset)
+    if classes is None:
+        if not all(isinstance(o, int) and o >= 0 for o in counts):
+            raise ValueError(f'dls has no vocab, so its labels must be whole numbers from 0, not {listed(counts)}')
+        classes = range(getattr(dls, 'c', None) or max(counts) + 1)
+    return torch.tensor([counts[c] for c in classes])
 
 # %% ../nbs/11_schemes.ipynb #5f8b7328
 def class_weights(

@@ -9,7 +9,6 @@ from torch import nn
 
 from fastai_l2rw.studies.training import *
 from fastai_l2rw.studies.grids import *
-from fastai_l2rw.studies.grids import _seconds_left
 from fastai_l2rw.studies import training
 from conftest import make_dls
 
@@ -163,7 +162,7 @@ def test_dry_run(tmp_path, capsys):
 
 def test_remaining_time():
     rows = [dict(cell=dict(scheme=s), result=dict(wall_seconds=t)) for s,t in (('a', 10.), ('a', 20.), ('b', 60.))]
-    assert _seconds_left(rows, [dict(scheme='a')]*2 + [dict(scheme='b')], 1) == 90 and _seconds_left(rows, [dict(scheme='c')], 2) == 15
+    assert seconds_left(rows, [dict(scheme='a')]*2 + [dict(scheme='b')], 1) == 90 and seconds_left(rows, [dict(scheme='c')], 2) == 15
 
 def test_no_search_without_a_choice(tmp_path):
     assert run_grid(make_grid_of(lrs=[0.3]), fake, tmp_path) == 0

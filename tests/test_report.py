@@ -104,7 +104,7 @@ def test_settings_do_what_they_say(cifar, tmp_path):
     for family in cifar10_settings(human=True).values():
         for name,data in family.items():
             if 'aggregate' in name or data.get('tail', 1) > 34 or data.get('dominance', 0) > 0.7: continue # too few images here
-            table = cifar10._rows(str(cifar), str(tmp_path/'human.csv'), 0, 1., 2, 4, False, **{'kind' if k == 'human' else k: v for k,v in data.items()})
+            table = cifar10_rows(str(cifar), str(tmp_path/'human.csv'), 0, 1., 2, 4, False, **{'kind' if k == 'human' else k: v for k,v in data.items()})
             train = table[table.part == 'train']
             counts = train.clean.value_counts()
             if 'dominance' in data: assert counts.idxmax() == 'airplane' and abs(counts.max()/len(train) - data['dominance']) < 0.05

@@ -192,15 +192,27 @@ def with_meta_in_train(
     return pd.concat([df, df[df.part == 'meta'].assign(part='train')], ignore_index=True)
 
 # %% ../../nbs/20_data.core.ipynb #cd674a35
-def _labels_of(ds):
-    "The label of each item of a dataset by its name, without reading the inputs."
+def label_vocab(
+    ds, # A dataset with one label per item: `Datasets`, `TabularPandas` or any other
+)->Sequence|None: # Names of the classes, in the order of their numbers; None if the dataset has none
+    "The vocab of a dataset's labels, and not that of its inputs; raises `ValueError` if the data have several targets, or none."
     if isinstance(ds, TabularPandas):
-        if len(ds.y_names) != 1: raise ValueError(f'get_y is needed: the data have {len(ds.y_names)} targets, {listed(ds.y_names)}, and no single label')
-        ys,vocab = ds.items[ds.y_names[0]].tolist(),getattr(ds, 'vocab', None)
+        if len(ds.y_names) != 1:
+            raise ValueError(f'get_y is needed: the data have {len(ds.y_names)} targets, {listed(ds.y_names)}, and no single label')
     elif isinstance(ds, Datasets):
-        if len(ds.tls) != ds.n_inp + 1: raise ValueError(f'get_y is needed: the data have {len(ds.tls) - ds.n_inp} targets, and no single label')
-        ys,vocab = list(ds.tls[-1]),getattr(ds.tls[-1], 'vocab', None)
-    else: ys,vocab = [ds[i][-1] for i in range(len(ds))],getattr(ds, 'vocab', None)
+        if len(ds.tls) != ds.n_inp + 1:
+            raise ValueError(f'get_y is needed: the data have {len(ds.tls) - ds.n_inp} targets, and no single label')
+        ds = ds.tls[-1]
+    return getattr(ds, 'vocab', None)
+
+def item_labels(
+    ds, # A dataset with one label per item: `Datasets`, `TabularPandas` or any other
+)->np.ndarray: # The label of each item: its name if the dataset has a vocab, and its number otherwise
+    "The labels of a dataset, found without reading the inputs; raises `ValueError` if the items don't have one class label each."
+    vocab = label_vocab(ds)
+    if isinstance(ds, TabularPandas): ys = ds.items[ds.y_names[0]].tolist()
+    elif isinstance(ds, Datasets): ys = list(ds.tls[-1])
+    else: ys = [ds[i][-1] for i in range(len(ds))]
     labels = item_values(ys, ys, 'the target of dls.train')
     if vocab is None and labels.dtype.kind == 'f': raise ValueError('get_y is needed: the targets of the data are numbers and not classes')
     return labels if vocab is None else np.array([vocab[int(i)] for i in labels], dtype=object)
@@ -244,7 +256,7 @@ def hold_out_meta(
     if not isinstance(dl, DataLoader) or not dl.indexed: raise TypeError(f'dls.train is a {type(dl).__name__}, but must be a loader of fastai whose items have a position')
     items = getattr(ds, 'items', None)
     if items is None or callable(items): items = range(len(ds))
-    labels = _labels_of(ds) if get_y is None else item_values(items, get_y, 'get_y')
+    labels = item_labels(ds) if get_y is None else item_values(items, get_y, 'get_y')
     group = None if groups is None else item_values(items, groups, 'groups')
     if group is not None and (isinstance(groups, str) or callable(groups)) and len(dls.loaders) > 1:
         both = set(group) & set(item_values(dls.valid_ds.items, groups, 'groups'))
@@ -264,7 +276,7 @@ def show_distribution(
     names:Sequence=('training', 'validation', 'trusted'), # Names of the loaders
 )->Figure: # A panel per loader
     "Plot the number of items of each class in each loader; raises `ValueError` if the items have no single label."
-    labels = [_labels_of(dl.dataset) for dl in dls.loaders]
+    labels = [item_labels(dl.dataset) for dl in dls.loaders]
     classes = _classes([c for o in labels for c in o])
     fig = Figure(figsize=(max(3.5, 0.45*len(classes))*len(labels), 3), layout='constrained')
     for ax,y,name in zip(np.atleast_1d(fig.subplots(1, len(labels))), labels, [*names, *map(str, range(len(names), len(labels)))]):

@@ -69,8 +69,14 @@ def _rows(path, by_lesion):
     if len(both): raise ValueError(f'{str(lesions)!r} has different lesions for {len(both)} images: {listed(both)}')
     return df.assign(lesion=df.image.map(dict(zip(_image_id(groups.image), groups.lesion_id)))),file.name
 
-def _examine(path, usable=None, by_lesion=True, decode=False, progress=False):
-    "The images of a folder with what its table says of them, all problems with both, and all files."
+def ham10000_images(
+    path:str|Path, # Folder of HAM10000, in Kaggle's layout or the challenge's
+    usable:str|Path|None=None, # List of the images to use, as `verify` writes it; default: all
+    by_lesion:bool=True, # Is it a problem if the table does not say which lesion an image shows?
+    decode:bool=False, # Decode each image wholly?
+    progress:bool=False, # Show a progress bar?
+)->tuple[pd.DataFrame,pd.DataFrame,list[Path]]: # `path`, `image`, `label` and what else the table has; problems as `check_images` gives them; all files
+    "The images of a folder with what its table says of them, all problems with both, and all files; raises `FileNotFoundError` or `ValueError` if there is no table to read."
     rows,name = _rows(path, by_lesion)
     files = only_usable(image_files(path, skip=_other_sets), path, usable)
     problems = [check_images(files, decode, progress)]
@@ -111,7 +117,7 @@ def verify(
     "Check all images of a folder, and its table if there is one; what is wrong comes first. It raises `FileNotFoundError` or `ValueError` if there is nothing to check."
     path = Path(path).expanduser()
     files = image_files(path)
-    if _find_table(path, 'HAM10000_metadata') or _find_table(path, 'ISIC2018_Task3_Training_GroundTruth'): _,problems,files = _examine(path, None, by_lesion, True, progress)
+    if _find_table(path, 'HAM10000_metadata') or _find_table(path, 'ISIC2018_Task3_Training_GroundTruth'): _,problems,files = ham10000_images(path, None, by_lesion, True, progress)
     elif files: problems = check_images(files, True, progress)
     else: raise FileNotFoundError(f'path={str(path)!r} has no images')
     if save is not None: save_usable(files, problems, path, save)
@@ -134,7 +140,7 @@ def ham10000_table(
 )->pd.DataFrame: # `path`; `label` to train with; `clean`, the right label; `part`: 'train', 'valid', 'meta' or 'test'; `image`, `lesion`, and what else the table has
     "Decide for each image of HAM10000 what it is used for; raises `ValueError` for a folder with problems or a split that can't be made."
     path = Path(path).expanduser()
-    df,problems,_ = _examine(path, usable, by_lesion)
+    df,problems,_ = ham10000_images(path, usable, by_lesion)
     raise_problems(problems, path)
     df = df.sort_values('image', ignore_index=True)
     groups = 'lesion' if by_lesion else None
