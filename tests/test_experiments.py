@@ -10,6 +10,7 @@ from torch import nn
 from fastai_l2rw.studies.training import *
 from fastai_l2rw.studies.grids import *
 from fastai_l2rw.studies import training
+from fastai_l2rw.schemes import weighting_schemes
 from conftest import make_dls
 
 families = dict(dominance={'dominance 0.5': dict(dominance=0.5), 'dominance 0.9': dict(dominance=0.9)}, noise={'uniform 0.4': dict(uniform=0.4)})
@@ -357,6 +358,11 @@ def test_validations(every, epochs, expected, monkeypatch):
     assert len(seen) == len(expected) + 1
     found = [scores(o)['balanced_accuracy'] for o in seen[:-1]]
     assert row['best_valid_balanced_accuracy'] == max(found) and row['best_epoch'] == expected[int(np.argmax(found))] and row['valid_balanced_accuracy'] == found[-1]
+
+def test_static_variants():
+    "Those with fixed weights, which need no trusted item and do not know what is right."
+    assert [o for o in variants if is_static(variants[o])] == ['unweighted', 'weighted sampler', 'inverse frequency', 'effective number', 'focal']
+    assert list(variants)[:len(weighting_schemes)] == list(weighting_schemes) and default_schemes == (*weighting_schemes, 'trusted alone')
 
 def test_trusted_alone():
     table = pd.DataFrame(dict(label=list('abcabcab'), part=['train']*5 + ['meta']*2 + ['valid']))

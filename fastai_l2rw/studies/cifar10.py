@@ -20,7 +20,7 @@ from fastai.learner import Learner
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from fastai.vision.core import cifar_stats
-from fastcore.script import call_parse, store_true
+from fastcore.script import Param, call_parse, store_true
 from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
@@ -157,7 +157,7 @@ def l2rw_cifar10(
     path:Path=None, # Folder with train/<class>/<image> and test/<class>/<image>; default: what fastai downloads
     out:Path=Path('l2rw_cifar10'), # Folder of the results; a run that was interrupted goes on with the same command
     settings:str='', # Families and settings, with commas between them: dominance, tail, noise, both, 'dominance 0.9' and so on; default: all
-    schemes:str='', # Schemes, with commas between them; default: those of the package and training on the trusted images alone
+    schemes:Param(schemes_help, str)='', # Schemes, with commas between them; default: those of the package and training on the trusted images alone
     seeds:int=3, # Number of seeds of the final stage
     net:str='cnn', # cnn (the report's), resnet32 or resnet18
     epochs:int=60, # Number of epochs

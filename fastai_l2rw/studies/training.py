@@ -26,7 +26,7 @@ from ..callback import MetaReweightCallback
 from ..data.cifar10 import DecodedDL, OpenDecoded
 from ..data.core import PartSplitter
 from ..data.folders import CategorizeColumn
-from ..schemes import weighted_sampler, weighting_scheme, weighting_schemes
+from ..schemes import scheme_registry, weighted_sampler, weighting_scheme, weighting_schemes
 
 # %% ../../nbs/30_studies.training.ipynb #d31d9b6f
 variants = {o: dict(scheme=o) for o in weighting_schemes} | {
@@ -50,13 +50,12 @@ variants = {o: dict(scheme=o) for o in weighting_schemes} | {
 } # by name: `scheme`; `kwargs` for `weighting_scheme`; `sampler`: draw the classes equally often; `head`: look ahead along the last layer only; `alone`: train on nothing but the trusted items; `right`: leave wrong labels out
 
 default_schemes = *weighting_schemes,'trusted alone'
-_learned = 'reweighted','robust','meta-weight-net'
 
 def is_static(
     how:dict, # One of the values of `variants`
 )->bool: # Does it train on the training part by weights that do not depend on trusted items, or on what is right?
     "Tell schemes with fixed weights from those that learn them, from training on the trusted items alone, and from those that know which labels are right."
-    return how['scheme'] not in _learned and not how.get('alone') and not how.get('right')
+    return not scheme_registry[how['scheme']].learns and not how.get('alone') and not how.get('right')
 
 def train_rows(
     table:pd.DataFrame, # A row per item, with its `part`
