@@ -1,5 +1,5 @@
 "The report's experiments on small folders in the layouts of the real ones: what is read when, and what comes out."
-import json, shutil, warnings
+import json, shutil, subprocess, sys, warnings
 from pathlib import Path
 from urllib.error import URLError
 import numpy as np, pandas as pd, pytest, torch
@@ -222,3 +222,39 @@ def test_without_a_network(monkeypatch, tmp_path):
     monkeypatch.setattr(cifar10, 'untar_data', offline)
     with pytest.raises(SystemExit, match="--path is not given, and CIFAR-10 can't be downloaded .*no network"): l2rw_cifar10(out=tmp_path/'out')
     assert not (tmp_path/'out').exists()
+
+# --- as it is installed, without what only the tests have
+
+without_accelerate = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] == 'accelerate': raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+def run_without_accelerate(folder, code, *args):
+    script = folder/'script.py'
+    script.write_text(f'{without_accelerate}{code}\n')
+    return subprocess.run([sys.executable, str(script), *map(str, args)], cwd=folder, capture_output=True, text=True)
+
+@pytest.mark.parametrize('name', ['demo', 'cifar10', 'ham10000'])
+def test_commands_without_accelerate(tmp_path, name):
+    done = run_without_accelerate(tmp_path, f'from fastai_l2rw.studies.{name} import l2rw_{name}\nl2rw_{name}()', '--help')
+    assert done.returncode == 0 and '--epochs' in done.stdout, done.stderr
+
+def test_everything_can_be_imported_without_accelerate(tmp_path):
+    code = "import importlib, pkgutil, fastai_l2rw\nfor o in pkgutil.walk_packages(fastai_l2rw.__path__, 'fastai_l2rw.'): print(importlib.import_module(o.name).__name__)"
+    done = run_without_accelerate(tmp_path, code)
+    assert done.returncode == 0 and {'fastai_l2rw.all', 'fastai_l2rw.studies.training', 'fastai_l2rw.studies.ham10000'} <= set(done.stdout.split()), done.stderr
+
+def test_a_training_without_accelerate(cifar, tmp_path):
+    done = run_without_accelerate(tmp_path, 'from fastai_l2rw.studies.cifar10 import l2rw_cifar10\nl2rw_cifar10()', '--path', cifar, '--settings', 'dominance 0.5',
+        '--schemes', 'reweighted', '--seeds', 1, '--epochs', 1, '--lrs', 0.01, '--bs', 16, '--meta_per_class', 2, '--valid_per_class', 4, '--device', 'cpu')
+    assert done.returncode == 0 and 'all cells are finished' in done.stdout, done.stdout + done.stderr
+
+def test_the_help_names_all_variants(tmp_path):
+    done = run_without_accelerate(tmp_path, 'from fastai_l2rw.studies.ham10000 import l2rw_ham10000\nl2rw_ham10000()', '--help')
+    said = ' '.join(done.stdout.split()).replace('- ', '-') # argparse breaks lines at hyphens, too
+    assert f'default: {", ".join(default_schemes)}. Others are right labels alone,' in said
+    for o in variants: assert o in said

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import fastai, fastai_l2rw, numpy as np, pandas as pd, torch
-import fastai.distributed # methods of Learner
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler, SchedCos
@@ -125,6 +124,12 @@ class _Watch(Callback):
             self.state = {k: v.detach().clone() for k,v in model.state_dict().items()}
         self.seconds += time.perf_counter() - start
 
+def _all_processes(learn):
+    "The context to fit in: that of distributed training where several processes train one model, and otherwise none."
+    if num_distrib() <= 1: return nullcontext()
+    import fastai.distributed # gives a Learner the method, and needs accelerate, which has started the processes
+    return learn.distrib_ctx()
+
 def bare(
     model:nn.Module, # A model, or one that is wrapped for distributed training
 )->nn.Module: # The model
@@ -152,7 +157,7 @@ def train_variant(
     learn.add_cb(watch)
     if precision != 'fp32': learn.add_cb(MixedPrecision(precision))
     diverged,start = False,time.perf_counter()
-    with learn.no_bar(), learn.no_logging(), learn.distrib_ctx() if num_distrib() > 1 else nullcontext():
+    with learn.no_bar(), learn.no_logging(), _all_processes(learn):
         try: fit(learn)
         except FloatingPointError: diverged = True
     seconds = time.perf_counter() - start - watch.seconds
