@@ -18,7 +18,8 @@ def ClassRecall(
     vocab:Sequence, # Names of the classes, in the order of the model's outputs: `dls.vocab`
     axis:int=-1, # Axis of the classes in the model's output
 )->list: # One metric per class, for `metrics=[..., *ClassRecall(dls.vocab)]`
-    "Share of each class's examples that are recognised, one metric per class; NaN where the validation set has none of a class; raises `ValueError` for a `vocab` without names."
+    """Share of each class's examples that are recognised, one metric per class; NaN where the validation set has none of a class; raises
+    `ValueError` for a `vocab` without names."""
     if isinstance(vocab, str) or not len(vocab): raise ValueError(f'vocab={vocab!r} must be the names of the classes, such as dls.vocab')
     return [skm_to_fastai(skm.recall_score, axis=axis, labels=[i], average='macro', zero_division=np.nan, name=f'recall_{o}')
             for i,o in enumerate(vocab)]

@@ -49,7 +49,8 @@ def class_weights(
     counts:Tensor|Sequence, # Number of training items of each class
     beta:float=1., # 1 for the inverse frequency; less, such as 0.999, for the effective number of Cui et al.
 )->Tensor: # Shape (number of classes,); 1 on average over the items; 1 for a class without items
-    "Weight each class by the inverse of its (effective) number of items, $(1 - \\beta^n) / (1 - \\beta)$ (Cui et al. 2019, eq. 2); raises `ValueError` for a `beta` outside of 0 to 1, and for negative counts."
+    """Weight each class by the inverse of its (effective) number of items, $(1 - \\beta^n) / (1 - \\beta)$ (Cui et al. 2019, eq. 2);
+    raises `ValueError` for a `beta` outside of 0 to 1, and for negative counts."""
     if not 0 <= beta <= 1: raise ValueError(f'beta={beta} must be from 0 (all classes weigh the same) to 1 (inverse frequency)')
     counts = torch.as_tensor(counts, dtype=torch.float64)
     if (counts < 0).any(): raise ValueError(f'counts={counts.tolist()} must be numbers of items, 0 or more')
@@ -62,9 +63,11 @@ def class_weights(
 def weighted_sampler(
     dls:DataLoaders, # fastai's `DataLoaders` with one label per training item
 )->DataLoaders: # The same, with a training loader that draws all classes equally often, with replacement
-    "Draw rare classes more often; raises `TypeError` if the training loader isn't one of fastai's for items with positions, and what `class_counts` raises."
+    """Draw rare classes more often; raises `TypeError` if the training loader isn't one of fastai's for items with positions, and what
+    `class_counts` raises."""
     dl = dls.train
-    if not isinstance(dl, TfmdDL) or not dl.indexed: raise TypeError(f"dls.train is a {type(dl).__name__}, but must be a loader of fastai whose items have a position")
+    if not isinstance(dl, TfmdDL) or not dl.indexed:
+        raise TypeError(f"dls.train is a {type(dl).__name__}, but must be a loader of fastai whose items have a position")
     labels = _class_labels(dls)
     counts = Counter(labels)
     sampled = copy(dls)
@@ -181,7 +184,7 @@ def register_scheme(
     source:str, # The paper or the library that it comes from
     replaces_loss:bool=False, # Does it replace the loss of the data, which has to be a cross-entropy then?
 )->Callable: # Decorator for a function as `Scheme.make`, whose docstring says what weighs
-    "Register a function as a scheme; raises `ValueError` for a name that is taken, and `TypeError` for a function that takes other arguments."
+    "Register a function as a scheme; raises `ValueError` for a name that is taken, `TypeError` for a function that takes other arguments."
     def _register(make):
         if name in scheme_registry:
             raise ValueError(f'name={name!r} is registered already, for {scheme_registry[name].make.__qualname__}: choose another name')
@@ -251,9 +254,8 @@ def weighting_scheme(
     meta_dl:Iterable|None=None, # Loader of trusted, labelled batches, for the schemes that learn; default: the third of `dls`
     **kwargs, # Options of the scheme, as in the table below
 )->dict: # `dls`, `loss_func` and `cbs`
-    """What to give a `Learner` to train by a scheme.
-
-    Raises `ValueError` for an unknown scheme or data without classes where it takes these, and `TypeError` for arguments it does not take."""
+    """What to give a `Learner` to train by a scheme; raises `ValueError` for an unknown one or data without classes where it takes these,
+    and `TypeError` for arguments it does not take."""
     if scheme not in scheme_registry:
         raise ValueError(f'scheme={scheme!r} is unknown: use one of {", ".join(map(repr, scheme_registry))}')
     entry = scheme_registry[scheme]

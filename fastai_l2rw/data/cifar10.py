@@ -33,13 +33,13 @@ from .folders import image_files, image_problems, only_usable, raise_problems
 
 # %% ../../nbs/22_data.cifar10.ipynb #1524f23c
 def cifar10_table(
-    path:str|Path|None=None, # Folder with `train/<class>/<image>` and `test/<class>/<image>`; default: what fastai downloads as `URLs.CIFAR`
+    path:str|Path|None=None, # Folder with `train/<class>/<image>` and `test/<class>/<image>`; default: fastai's `URLs.CIFAR`
     *,
     dominance:float|None=None, # Share of the training part that the dominant class makes up, as in `imbalance`
     dominant:str|None=None, # The dominant class; default: the first
     tail:float|None=None, # Ratio of the first to the last class of a long tail, as in `imbalance`
     step:float|None=None, # Ratio of the first half of the classes to the other, as in `imbalance`
-    noise:float|dict|Callable|None=None, # Share of labels to flip uniformly; arguments of `label_noise`; or a function that gives new labels for paths and right labels, such as `cifar10n`
+    noise:float|dict|Callable|None=None, # Share of labels to flip, arguments of `label_noise`, or a function such as `cifar10n` gives
     meta_per_class:int=5, # Number of trusted images of each class; 0 for none
     train_on_meta:bool=False, # Put a copy of each trusted image, with its right label, into the training part as well?
     valid_per_class:int|None=None, # Number of validation images of each class, from the training folder; default: the test folder
@@ -76,7 +76,8 @@ def cifar10_table(
 
 def _subset(df, share, seed):
     "All of the test folder, and a share of each class of the training folder."
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1: raise ValueError(f'subset={share!r} must be a share, above 0 and up to 1')
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise ValueError(f'subset={share!r} must be a share, above 0 and up to 1')
     rng = np.random.default_rng(seed)
     keep = [rng.permutation(o)[:max(1, round(share*len(o)))] for o in df[df.part == 'train'].groupby('clean').indices.values()]
     return df.iloc[np.sort(np.concatenate([*keep, np.flatnonzero(df.part != 'train')]))].reset_index(drop=True)
@@ -89,7 +90,9 @@ def _found(path, usable):
     raise_problems(pd.DataFrame(dict(item=odd, problem='not in a folder of a class, such as train/cat', usable=False)), path)
     df = pd.DataFrame(dict(path=files, clean=[f.parent.name for f in files], part=[f.parent.parent.name for f in files]))
     lacking = [o for o in ('train', 'test') if o not in set(df.part)]
-    if lacking: raise FileNotFoundError(f'path={str(path)!r} must have images in the folders train/<class>/ and test/<class>/, and has none in {listed(lacking)}/')
+    if lacking:
+        raise FileNotFoundError(f'path={str(path)!r} must have images in the folders train/<class>/ and test/<class>/, '
+            f'and has none in {listed(lacking)}/')
     unknown = set(df.clean[df.part == 'test']) - set(df.clean[df.part == 'train'])
     if unknown: raise ValueError(f'{listed(sorted(unknown))} is a folder of test/ but not of train/')
     return df
@@ -113,14 +116,16 @@ def _by_place(file, kind, paths, clean):
     "Labels from the authors' file, by the number that a file name begins with."
     labels = _load_arrays(file)
     key = next((o for o in _human[kind] if o in labels), None)
-    if key is None or 'clean_label' not in labels: raise ValueError(f'{str(file)!r} has no {_human[kind][0]} or no clean_label, but only {listed(labels, 20)}')
+    if key is None or 'clean_label' not in labels:
+        raise ValueError(f'{str(file)!r} has no {_human[kind][0]} or no clean_label, but only {listed(labels, 20)}')
     advice = 'use a table with the columns path and ' + kind + ' instead'
     places = pd.Series([o.name for o in paths]).str.extract(r'^(\d+)')[0]
-    if places.isna().any() or places.duplicated().any() or places.astype(int).max() >= len(labels[key]): raise ValueError(
-        f'{str(file)!r} has labels in the order of the original batches, but the names of the images, such as {paths[0].name!r}, are no places in that order '
-        f'(whole numbers below {len(labels[key])}, no two the same): {advice}')
+    if places.isna().any() or places.duplicated().any() or places.astype(int).max() >= len(labels[key]):
+        raise ValueError(f'{str(file)!r} has labels in the order of the original batches, but the names of the images, '
+            f'such as {paths[0].name!r}, are no places in that order (whole numbers below {len(labels[key])}, no two the same): {advice}')
     places,vocab = places.astype(int).to_numpy(),np.unique(clean)
-    if not set(np.unique(labels['clean_label'])) <= set(range(len(vocab))): raise ValueError(f'{str(file)!r} has labels of more classes than the folder, {listed(vocab, 20)}')
+    if not set(np.unique(labels['clean_label'])) <= set(range(len(vocab))):
+        raise ValueError(f'{str(file)!r} has labels of more classes than the folder, {listed(vocab, 20)}')
     differ = np.flatnonzero(vocab[labels['clean_label'][places]] != clean)
     if len(differ): raise ValueError(f'{str(file)!r} has another right label than the folder for {len(differ)} of {len(paths)} images '
         f'({listed(paths[i].name for i in differ)}), so that their names are no places in the order of the original batches: {advice}')
@@ -132,15 +137,19 @@ def _load_arrays(file):
         from numpy._core import multiarray
     except ImportError: from numpy.core import multiarray # NumPy 1
     arrays = [np.ndarray, np.dtype, *{type(np.dtype(o)) for o in '?bBhHiIlLqQfd'}]
-    for name in ('_reconstruct', 'scalar'): arrays += [(getattr(multiarray, name), f'numpy.{core}.multiarray.{name}') for core in ('core', '_core')]
+    for name in ('_reconstruct', 'scalar'):
+        arrays += [(getattr(multiarray, name), f'numpy.{core}.multiarray.{name}') for core in ('core', '_core')]
     try:
         with torch.serialization.safe_globals(arrays): found = torch.load(file, weights_only=True)
         return {k: np.asarray(v) for k,v in found.items()}
-    except Exception as e: raise ValueError(f"{str(file)!r} can't be loaded as a dictionary of arrays: it is no file of PyTorch, or holds other things, which could run code (or PyTorch is older than 2.6)") from e
+    except Exception as e:
+        raise ValueError(f"{str(file)!r} can't be loaded as a dictionary of arrays: it is no file of PyTorch, or holds other things, "
+            'which could run code (or PyTorch is older than 2.6)') from e
 
 # %% ../../nbs/22_data.cifar10.ipynb #8f5d13ca
 class OpenDecoded(OpenRGB):
-    "Open the images of a column `path` once, when they are set up, and keep them; raises `ValueError` for images that can't be read or differ in size."
+    """Open the images of a column `path` once, when they are set up, and keep them; raises `ValueError` for images that can't be read or
+    differ in size."""
     train_setup = False # all parts are kept
     images,rows = None,{}
 
@@ -151,8 +160,10 @@ class OpenDecoded(OpenRGB):
             found = list(progress_bar(found, total=len(paths), leave=False) if len(paths) > 5000 else found)
         sizes = pd.Series([None if o is None else o.shape[:2] for o in found], dtype=object)
         usual = sizes.value_counts().index[0] if sizes.notna().any() else None
-        bad = [(p, image_problems(p)[0][0] if s is None else f'{s[1]} x {s[0]} pixels, and not {usual[1]} x {usual[0]} as most others') for p,s in zip(paths, sizes) if s != usual]
-        raise_problems(pd.DataFrame(bad, columns=['item', 'problem']).assign(usable=False), Path(paths[0]).parents[2] if len(Path(paths[0]).parts) > 2 else '.')
+        bad = [(p, image_problems(p)[0][0] if s is None else f'{s[1]} x {s[0]} pixels, and not {usual[1]} x {usual[0]} as most others')
+               for p,s in zip(paths, sizes) if s != usual]
+        parents = Path(paths[0]).parents
+        raise_problems(pd.DataFrame(bad, columns=['item', 'problem']).assign(usable=False), parents[2] if len(parents) > 2 else '.')
         self.images,self.rows = torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous(),{p: i for i,p in enumerate(paths)}
 
     def _decode(self, path):
@@ -168,7 +179,8 @@ class OpenDecoded(OpenRGB):
 
 # %% ../../nbs/22_data.cifar10.ipynb #16b1c61c
 class DecodedDL(TfmdDL):
-    "A loader that makes a batch at once from images that `OpenDecoded` keeps; with item transforms, or for other images, item by item as always."
+    """A loader that makes a batch at once from images that `OpenDecoded` keeps; with item transforms, or for other images, item by item
+    as always."""
     @delegates(TfmdDL.__init__)
     def __init__(self,
         dataset=None, # `Datasets` of images and labels
@@ -190,7 +202,8 @@ class DecodedDL(TfmdDL):
         if any(not isinstance(f, ToTensor) for f in self.after_item.fs) or len(self.before_batch.fs): return None
         (x,*more),(y,*more_y) = [tl.tfms.fs for tl in self.dataset.tls]
         df = self.dataset.items
-        if more or more_y or not (isinstance(x, OpenDecoded) and isinstance(y, CategorizeColumn) and isinstance(df, pd.DataFrame)): return None
+        if more or more_y or not isinstance(x, OpenDecoded) or not isinstance(y, CategorizeColumn): return None
+        if not isinstance(df, pd.DataFrame): return None
         paths = list(map(str, df['path']))
         if not all(o in x.rows for o in paths): return None
         return x.images,torch.tensor([x.rows[o] for o in paths]),torch.tensor([y.vocab.o2i[o] for o in df['label']])
@@ -234,7 +247,7 @@ def cifar10_block(
 
 @delegates(cifar10_block)
 def cifar10_dls(
-    path:str|Path|None=None, # Folder with `train/<class>/<image>` and `test/<class>/<image>`; default: what fastai downloads as `URLs.CIFAR`
+    path:str|Path|None=None, # Folder with `train/<class>/<image>` and `test/<class>/<image>`; default: fastai's `URLs.CIFAR`
     *,
     bs:int=128, # Batch size
     device:str|torch.device|None=None, # Device of the batches; default: fastai's

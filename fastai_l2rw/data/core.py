@@ -33,13 +33,18 @@ def item_values(
 )->np.ndarray: # One value for each item
     "One value (label, group) for each item; raises `ValueError` if `by` does not fit the items or an item has no value."
     if isinstance(by, str):
-        if not isinstance(items, pd.DataFrame) or by not in items.columns: raise ValueError(f'{name}={by!r} must be a column of the items, which '
-            + (f'has only {listed(items.columns, 20)}' if isinstance(items, pd.DataFrame) else f'are no DataFrame but a {type(items).__name__}'))
+        if not isinstance(items, pd.DataFrame):
+            raise ValueError(f'{name}={by!r} must be a column of the items, which are no DataFrame but a {type(items).__name__}')
+        if by not in items.columns:
+            raise ValueError(f'{name}={by!r} must be a column of the items, which has only {listed(items.columns, 20)}')
         values = items[by]
-    elif callable(by): values = [by(o) for o in (items.iloc[i] for i in range(len(items)))] if hasattr(items, 'iloc') else [by(o) for o in items]
+    elif callable(by):
+        rows = (items.iloc[i] for i in range(len(items))) if hasattr(items, 'iloc') else items
+        values = [by(o) for o in rows]
     else: values = by
-    if not hasattr(values, '__len__') or len(values) != len(items): raise ValueError(f'{name} must have a value for each of the {len(items)} items, '
-        f'and has {len(values) if hasattr(values, "__len__") else values!r}')
+    if not hasattr(values, '__len__') or len(values) != len(items):
+        raise ValueError(f'{name} must have a value for each of the {len(items)} items, '
+            f'and has {len(values) if hasattr(values, "__len__") else values!r}')
     scalar = lambda o: o.item() if isinstance(o, (np.generic, torch.Tensor)) and np.prod(o.shape) == 1 else o
     values = pd.Series([scalar(o) for o in values], dtype=None if len(values) else object)
     missing = np.flatnonzero(values.isna())
@@ -74,8 +79,9 @@ def _draw(labels, k, among, groups=None, seed=0, ordering=None, name='per_class'
     y,group = labels[among],pd.factorize(among if groups is None else groups[among])[0] # groups are numbered in random order
     by_class = {c: np.flatnonzero(y == c) for c in _classes(y)}
     few = [f'{len(o)} of {c!r}' for c,o in by_class.items() if len(o) <= k]
-    if few or not by_class: raise ValueError(f'{name}={k} takes {k} items of each class and must leave at least one to train on, but in the {part} '
-        f'there are only {listed(few, 20) or "0 items"}')
+    if few or not by_class:
+        raise ValueError(f'{name}={k} takes {k} items of each class and must leave at least one to train on, '
+            f'but in the {part} there are only {listed(few, 20) or "0 items"}')
     size,held,drawn = np.bincount(group),np.zeros(len(among), bool),[]
     for c,items in sorted(by_class.items(), key=lambda o: len(np.unique(group[o[1]]))): # rare first
         members = pd.Series(items).groupby(group[items]).agg(list)
@@ -110,10 +116,13 @@ def _say_left_out(who, n, total):
 def _two_parts(splitter, items):
     "The two parts that `splitter` makes, as arrays of positions."
     parts = [np.array(list(mask2idxs(o)), dtype=int) for o in splitter(items)]
-    if len(parts) != 2: raise ValueError(f'splitter makes {len(parts)} parts, but must make two, of training and validation: the third is what MetaSplitter adds')
+    if len(parts) != 2:
+        raise ValueError(f'splitter makes {len(parts)} parts, but must make two, of training and validation: '
+            'the third is what MetaSplitter adds')
     train,valid = parts
     both = np.intersect1d(train, valid)
-    if len(both): raise ValueError(f'splitter puts {len(both)} items in both the training and the validation part, at positions {listed(both)}')
+    if len(both):
+        raise ValueError(f'splitter puts {len(both)} items in both the training and the validation part, at positions {listed(both)}')
     return train,valid
 
 def _whole_groups(train, valid, groups, ordering):
@@ -134,16 +143,20 @@ def MetaSplitter(
     groups:Callable|str|Sequence|None=None, # Group of each item, likewise: what must not be in two parts
     seed:int=0, # Seed of the draw
 )->Callable: # A splitter for a `DataBlock`: from items to the positions of training, validation and trusted items
-    "Add a balanced part of trusted items, drawn from the training part of `splitter`; it raises `ValueError` if a class or the groups don't allow it."
+    """Add a balanced part of trusted items, drawn from the training part of `splitter`; it raises `ValueError` if a class or the groups
+    don't allow it."""
     _check_count('meta_per_class', meta_per_class)
-    if not callable(splitter): raise TypeError(f'splitter is a {type(splitter).__name__}, but must be a function of the items, such as RandomSplitter()')
+    if not callable(splitter):
+        raise TypeError(f'splitter is a {type(splitter).__name__}, but must be a function of the items, such as RandomSplitter()')
     def _inner(items):
         labels,ordering = item_values(items, get_y, 'get_y'),_ordering(items)
         train,valid = _two_parts(splitter, items)
         group = None if groups is None else item_values(items, groups, 'groups')
         if group is not None: train,valid = _whole_groups(train, valid, group, ordering)
         missing = set(labels[valid]) - set(labels[train])
-        if missing: raise ValueError(f'splitter puts all items of {listed(map(repr, _classes(missing)))} into the validation part: there are none to train on')
+        if missing:
+            raise ValueError(f'splitter puts all items of {listed(map(repr, _classes(missing)))} into the validation part: '
+                'there are none to train on')
         meta,out = _draw(labels, meta_per_class, train, group, seed, ordering, 'meta_per_class')
         _say_left_out('MetaSplitter', len(out), len(items))
         return L(train[~np.isin(train, meta + out)].tolist()),L(valid.tolist()),L(meta)
@@ -170,7 +183,7 @@ def BalancedSplitter(
 # %% ../../nbs/20_data.core.ipynb #fab9c62e
 def PartSplitter(
     col:str='part', # Column that says which part an item belongs to
-    parts:Sequence=('train', 'valid', 'meta', 'test'), # Values of the column, in the order of the loaders; those after the second may be missing, from the end
+    parts:Sequence=('train', 'valid', 'meta', 'test'), # Values of the column, by loader; from the end, all but two may be missing
 )->Callable: # A splitter for a `DataBlock` with a `DataFrame` of items
     "Split by a column; the splitter raises `ValueError` for a value that is none of `parts`, and for a gap in the order of the loaders."
     def _inner(df):
@@ -251,9 +264,11 @@ def hold_out_meta(
 )->tuple[DataLoaders,DataLoader]: # `DataLoaders` like `dls` with fewer training items, and a loader of the trusted items
     "Hold a balanced set of trusted items out of the training part; raises `ValueError` if a class or the groups don't allow it."
     _check_count('meta_per_class', meta_per_class)
-    if not isinstance(dls, DataLoaders): raise TypeError(f'dls is a {type(dls).__name__}, but must be DataLoaders; of a Learner, take learn.dls')
+    if not isinstance(dls, DataLoaders):
+        raise TypeError(f'dls is a {type(dls).__name__}, but must be DataLoaders; of a Learner, take learn.dls')
     dl,ds = dls.train,dls.train.dataset
-    if not isinstance(dl, DataLoader) or not dl.indexed: raise TypeError(f'dls.train is a {type(dl).__name__}, but must be a loader of fastai whose items have a position')
+    if not isinstance(dl, DataLoader) or not dl.indexed:
+        raise TypeError(f'dls.train is a {type(dl).__name__}, but must be a loader of fastai whose items have a position')
     items = getattr(ds, 'items', None)
     if items is None or callable(items): items = range(len(ds))
     labels = item_labels(ds) if get_y is None else item_values(items, get_y, 'get_y')
@@ -267,7 +282,8 @@ def hold_out_meta(
     train = np.setdiff1d(np.arange(len(ds)), meta + out).tolist()
     held = copy(dls)
     held.loaders = [_loader_like(dl, _subset(ds, train, 0), train), *dls.loaders[1:]]
-    like = [o for o in dls.loaders[1:2] if isinstance(o, DataLoader) and o.n] or [dl] # whose transforms and batch size are those of validation
+    # the trusted loader has the transforms and the batch size of validation, if there is any
+    like = [o for o in dls.loaders[1:2] if isinstance(o, DataLoader) and o.n] or [dl]
     return held,like[0].new(_subset(ds, meta, 1), shuffle=False, drop_last=False)
 
 # %% ../../nbs/20_data.core.ipynb #ae300267
@@ -306,7 +322,8 @@ def _class_index(classes, name, value):
 def _positions(among, n):
     if among is None: return np.arange(n)
     among = np.unique(np.array(list(mask2idxs(among)), dtype=int))
-    if len(among) and not 0 <= among[0] <= among[-1] < n: raise ValueError(f'among must hold positions from 0 to {n - 1}, not {among[0]} to {among[-1]}')
+    if len(among) and not 0 <= among[0] <= among[-1] < n:
+        raise ValueError(f'among must hold positions from 0 to {n - 1}, not {among[0]} to {among[-1]}')
     return among
 
 # %% ../../nbs/20_data.core.ipynb #6a156e4a
@@ -320,7 +337,8 @@ def imbalance(
     among:Sequence|None=None, # Positions of the items that the choice is about, such as a training part; default: all
     seed:int=0, # Seed of the draw
 )->np.ndarray: # Positions of the items to keep, ascending
-    "Choose items so that the class counts are skewed, by one of `dominance`, `tail` and `step`; raises `ValueError` for a skew that can't be reached."
+    """Choose items so that the class counts are skewed, by one of `dominance`, `tail` and `step`; raises `ValueError` for a skew that
+    can't be reached."""
     kind,value = _one_of('imbalance', dominance=dominance, tail=tail, step=step)
     labels = item_values(labels, labels, 'labels')
     among = _positions(among, len(labels))
@@ -335,15 +353,19 @@ def imbalance(
         want = np.full(n, round(have[d]*(1 - dominance)/dominance/(n - 1)))
         want[d] = have[d]
         other = np.arange(n) != d
-        if want.min() < 1 or (want > have).any(): raise ValueError(f"dominance={dominance} can't be reached with all {have[d]} items of class {classes[d]!r}: "
-            f'it takes {want[other][0]} of each other class, and there are 1 to {have[other].min()}')
+        if want.min() < 1 or (want > have).any():
+            raise ValueError(f"dominance={dominance} can't be reached with all {have[d]} items of class {classes[d]!r}: "
+                f'it takes {want[other][0]} of each other class, and there are 1 to {have[other].min()}')
     else:
-        if not isinstance(value, (int, float, np.number)) or not value >= 1: raise ValueError(f'{kind}={value!r} must be the ratio of the largest to the smallest class, 1 or more')
+        if not isinstance(value, (int, float, np.number)) or not value >= 1:
+            raise ValueError(f'{kind}={value!r} must be the ratio of the largest to the smallest class, 1 or more')
         rank = np.arange(n)/(n - 1) if kind == 'tail' else (np.arange(n) >= n//2).astype(int)
         share = float(value)**-rank
         head = np.floor((have/share).min() + 1e-9)
         want = np.floor(head*share + 1e-9).astype(int)
-        if want.min() < 1: raise ValueError(f"{kind}={value} can't be reached: with {head:.0f} items of class {classes[0]!r} there would be less than one of {classes[want.argmin()]!r}")
+        if want.min() < 1:
+            raise ValueError(f"{kind}={value} can't be reached: with {head:.0f} items of class {classes[0]!r} "
+                f'there would be less than one of {classes[want.argmin()]!r}')
     rng = np.random.default_rng(seed)
     return np.sort(np.concatenate([rng.permutation(o)[:k] for o,k in zip(by_class, want)]))
 
@@ -361,9 +383,13 @@ def _transition(kind, value, classes, to):
     "The transition matrix of a kind of noise."
     n = len(classes)
     if kind == 'matrix':
-        T = np.asarray(value.loc[classes, classes] if isinstance(value, pd.DataFrame) and set(classes) <= set(value.index) & set(value.columns) else value, dtype=float)
-        if T.shape != (n, n): raise ValueError(f'matrix must have a row and a column for each of the {n} classes {listed(classes)}, and has the shape {T.shape}')
-        if (T < 0).any() or not np.allclose(T.sum(1), 1, atol=1e-6): raise ValueError(f'matrix must have rows of shares that sum to 1, not to {listed(T.sum(1).round(4), 20)}')
+        named = isinstance(value, pd.DataFrame) and set(classes) <= set(value.index) & set(value.columns)
+        T = np.asarray(value.loc[classes, classes] if named else value, dtype=float)
+        if T.shape != (n, n):
+            raise ValueError(f'matrix must have a row and a column for each of the {n} classes {listed(classes)}, '
+                f'and has the shape {T.shape}')
+        if (T < 0).any() or not np.allclose(T.sum(1), 1, atol=1e-6):
+            raise ValueError(f'matrix must have rows of shares that sum to 1, not to {listed(T.sum(1).round(4), 20)}')
         return T
     _check_share(kind, value)
     if n < 2: raise ValueError(f'labels must have two classes or more, and there is only {listed(classes) or "none"}')
@@ -383,26 +409,31 @@ def label_noise(
     pair:float|None=None, # Share of each class that is flipped to the next
     background:float|None=None, # Share of each other class that is flipped to the class `to`
     to=None, # The class that `background` flips to
-    matrix:np.ndarray|pd.DataFrame|None=None, # Transition matrix: a row per true class, a column per label, both in the order of `classes` or named
+    matrix:np.ndarray|pd.DataFrame|None=None, # Transition matrix: a row per true class, a column per label, named or as in `classes`
     given:Sequence|None=None, # The new label of each item
     among:Sequence|None=None, # Positions of the items that may be changed, such as a training part; default: all
     classes:Sequence|None=None, # All classes; default: those of `labels`, sorted
     seed:int=0, # Seed of the draw
 )->tuple[np.ndarray,np.ndarray]: # The labels with noise, and for each item whether its label has been changed
-    "Change labels by one of `uniform`, `pair`, `background`, `matrix` and `given`; raises `ValueError` for shares or classes that make no sense."
+    """Change labels by one of `uniform`, `pair`, `background`, `matrix` and `given`; raises `ValueError` for shares or classes that make
+    no sense."""
     kind,value = _one_of('label_noise', uniform=uniform, pair=pair, background=background, matrix=matrix, given=given)
     labels = item_values(labels, labels, 'labels')
     among = _positions(among, len(labels))
     classes = _classes(labels) if classes is None else list(classes)
     codes = pd.Index(classes).get_indexer(labels)
-    if (codes < 0).any(): raise ValueError(f'labels has unknown classes, {listed(_classes(labels[codes < 0]))}: classes are {listed(classes, 20)}')
-    if (to is None) != (kind != 'background'): raise ValueError(f'to={to!r} must be the class that background flips to, and goes with background only')
+    if (codes < 0).any():
+        raise ValueError(f'labels has unknown classes, {listed(_classes(labels[codes < 0]))}: classes are {listed(classes, 20)}')
+    if (to is None) != (kind != 'background'):
+        raise ValueError(f'to={to!r} must be the class that background flips to, and goes with background only')
     new = codes.copy()
     if kind == 'given':
         if len(given) != len(labels): raise ValueError(f'given must have a label for each of the {len(labels)} items, and has {len(given)}')
         new[among] = pd.Index(classes).get_indexer(np.asarray(given, dtype=object)[among])
-        if (new < 0).any(): raise ValueError(f'given has unknown classes for {(new < 0).sum()} items, {listed(_classes(np.asarray(given, dtype=object)[new < 0]))}: '
-            f'classes are {listed(classes, 20)}')
+        unknown = np.asarray(given, dtype=object)[new < 0]
+        if len(unknown):
+            raise ValueError(f'given has unknown classes for {len(unknown)} items, {listed(_classes(unknown))}: '
+                f'classes are {listed(classes, 20)}')
     else:
         rng,T = np.random.default_rng(seed),_transition(kind, value, classes, to)
         for c,row in enumerate(T):

@@ -82,7 +82,8 @@ class OpenRGB(Transform):
         super().__init__()
         self.size = size
 
-    def __call__(self, o, **kwargs): return open_rgb(o['path'] if isinstance(o, pd.Series) else o, self.size) # dispatch by type would cost more
+    def __call__(self, o, **kwargs): # dispatch by type would cost more
+        return open_rgb(o['path'] if isinstance(o, pd.Series) else o, self.size)
 
 class CategorizeColumn(Categorize):
     "The label of a row as a category; its vocab are the classes of all parts."
@@ -108,10 +109,13 @@ def image_problems(
         with Image.open(file) as im:
             notes = _notes(im, file)
             if decode or not _has_end(file, im.format): im.load()
-    except FileNotFoundError: return [('the link points to a file that is not there' if file.is_symlink() else 'there is no such file', False)]
+    except FileNotFoundError:
+        return [('the link points to a file that is not there' if file.is_symlink() else 'there is no such file', False)]
     except Image.UnidentifiedImageError: return [('the file is no image', False)]
     except PermissionError: return [('the file may not be read', False)]
-    except Exception as e: return [(('the file is cut off' if 'truncated' in str(e).lower() else "the image can't be decoded") + f' ({e})', False)]
+    except Exception as e:
+        what = 'the file is cut off' if 'truncated' in str(e).lower() else "the image can't be decoded"
+        return [(f'{what} ({e})', False)]
     return [(o, True) for o in notes]
 
 _ends = {'JPEG': b'\xff\xd9', 'MPO': b'\xff\xd9', 'PNG': b'IEND'}
@@ -125,7 +129,8 @@ def _has_end(file, format):
 
 _modes = {'L': 'grey-scale', '1': 'black and white', 'P': 'with a palette', 'CMYK': 'CMYK', 'RGBA': 'with transparency, which is ignored',
           'LA': 'grey-scale with transparency, which is ignored', 'I': '16 or 32 bits deep', 'F': '32 bits deep'}
-_formats = {'.jpg': 'JPEG', '.jpeg': 'JPEG', '.jpe': 'JPEG', '.png': 'PNG', '.gif': 'GIF', '.bmp': 'BMP', '.tif': 'TIFF', '.tiff': 'TIFF', '.webp': 'WEBP'}
+_formats = {'.jpg': 'JPEG', '.jpeg': 'JPEG', '.jpe': 'JPEG', '.png': 'PNG', '.gif': 'GIF', '.bmp': 'BMP', '.tif': 'TIFF', '.tiff': 'TIFF',
+            '.webp': 'WEBP'}
 
 def _notes(im, file):
     "What is unusual with an image that can be used."
@@ -161,9 +166,12 @@ def raise_problems(
     bad = problems[~problems.usable]
     if not len(bad): return
     kind = bad.problem.str.replace(r' \(.*', '', regex=True)
-    lines = [f"  {len(items)} {'time' if len(items) == 1 else 'times'}: {why}: {listed(_relative(o, path) for o in items)}" for why,items in bad.item.groupby(kind, sort=False)]
-    raise ValueError(f"{bad.item.nunique()} items of {str(path)!r} can't be used:\n" + '\n'.join(lines) +
-        "\nverify(path) lists all problems, and verify(path, save='usable.csv') writes a list of what can be used, to pass as usable='usable.csv'.")
+    lines = []
+    for why,items in bad.item.groupby(kind, sort=False):
+        times = 'time' if len(items) == 1 else 'times'
+        lines.append(f'  {len(items)} {times}: {why}: {listed(_relative(o, path) for o in items)}')
+    raise ValueError('\n'.join([f"{bad.item.nunique()} items of {str(path)!r} can't be used:", *lines, 'verify(path) lists all problems, '
+        "and verify(path, save='usable.csv') writes a list of what can be used, to pass as usable='usable.csv'."]))
 
 def _relative(file, path):
     "`file` as seen from `path`, with slashes; other items as they are."
@@ -186,12 +194,14 @@ def read_table(
         except UnicodeDecodeError: text = raw.decode('latin-1')
         head = text.lstrip().split('\n', 1)[0]
         sep = max(',;\t', key=head.count)
-        df = pd.read_csv(io.StringIO(text), sep=sep, dtype=str, keep_default_na=False, na_values=[''], skipinitialspace=True, index_col=False)
+        df = pd.read_csv(io.StringIO(text), sep=sep, dtype=str, keep_default_na=False, na_values=[''], skipinitialspace=True,
+            index_col=False)
     except Exception as e: raise ValueError(f"{str(file)!r} can't be read as a table: {e}") from e
     df.columns = [str(o).strip() for o in df.columns]
     df = df.apply(lambda o: o.str.strip().where(lambda s: s != '')).dropna(how='all').reset_index(drop=True)
     missing = [o for o in columns if o not in df.columns]
-    if missing: raise ValueError(f'{str(file)!r} has no column {listed(map(repr, missing), 20)}, but only {listed(map(repr, df.columns), 20)}')
+    if missing:
+        raise ValueError(f'{str(file)!r} has no column {listed(map(repr, missing), 20)}, but only {listed(map(repr, df.columns), 20)}')
     return df
 
 # %% ../../nbs/21_data.folders.ipynb #40dbcb01
@@ -234,8 +244,10 @@ def save_usable(
     path:str|Path, # The folder
     save:str|Path, # The table to write, outside of the folder
 ):
-    "Write the list of files that have no problem or can be used all the same; raises `ValueError` for a place inside the folder, in which nothing is changed."
+    """Write the list of files that have no problem or can be used all the same; raises `ValueError` for a place inside the folder, in
+    which nothing is changed."""
     save = Path(save).expanduser()
-    if Path(path).resolve() in save.resolve().parents: raise ValueError(f'save={str(save)!r} is inside the data folder, in which nothing is ever changed: choose another place')
+    if Path(path).resolve() in save.resolve().parents:
+        raise ValueError(f'save={str(save)!r} is inside the data folder, in which nothing is ever changed: choose another place')
     bad = {str(o) for o in problems.item[~problems.usable]}
     pd.DataFrame(dict(item=[_relative(o, path) for o in files if str(o) not in bad])).to_csv(save, index=False)

@@ -33,9 +33,11 @@ _other_sets = ('task3_test', 'task3_validation', 'segmentation', 'masks')
 
 def _find_table(path, name):
     "The table below `path` whose name begins with `name`, in any case, with any extension; None if there is none."
-    found = [o for o in files_below(path) if o.name.lower().startswith(name.lower()) and o.suffix.lower() in ('', '.csv', '.tab', '.tsv', '.txt', '.gz')]
+    extensions = '','.csv','.tab','.tsv','.txt','.gz'
+    found = [o for o in files_below(path) if o.name.lower().startswith(name.lower()) and o.suffix.lower() in extensions]
     differ = [o for o in found[1:] if not filecmp.cmp(found[0], o, shallow=False)]
-    if differ: raise ValueError(f'there are different tables: {listed([found[0], *differ])}; leave only the right one below path={str(path)!r}')
+    if differ:
+        raise ValueError(f'there are different tables: {listed([found[0], *differ])}; leave only the right one below path={str(path)!r}')
     return found[0] if found else None
 
 def _image_id(o):
@@ -54,15 +56,20 @@ def _rows(path, by_lesion):
     "The rows of the table of a folder, in either layout: image, lesion, label, and what else there is; and the table's name."
     file = _find_table(path, 'HAM10000_metadata')
     if file:
-        df = read_table(file, ['image_id', 'dx'] + ['lesion_id']*by_lesion).drop(columns=['path', 'label', 'clean', 'part', 'image', 'lesion'], errors='ignore')
+        df = read_table(file, ['image_id', 'dx'] + ['lesion_id']*by_lesion)
+        df = df.drop(columns=['path', 'label', 'clean', 'part', 'image', 'lesion'], errors='ignore')
         df = df.rename(columns=dict(image_id='image', lesion_id='lesion', dx='label'))
         return df.assign(image=_image_id(df.image), label=df.label.str.lower(), **({} if 'lesion' in df else dict(lesion=np.nan))),file.name
     file = _find_table(path, 'ISIC2018_Task3_Training_GroundTruth')
-    if file is None: raise FileNotFoundError(f'path={str(path)!r} must have a table HAM10000_metadata.csv or ISIC2018_Task3_Training_GroundTruth.csv, and has neither')
+    if file is None:
+        raise FileNotFoundError(f'path={str(path)!r} must have a table HAM10000_metadata.csv or ISIC2018_Task3_Training_GroundTruth.csv, '
+            'and has neither')
     df,lesions = _one_hot(file).drop(columns='weight'),_find_table(path, 'ISIC2018_Task3_Training_LesionGroupings')
     if lesions is None:
-        if by_lesion: raise FileNotFoundError(f'path={str(path)!r} must have the table ISIC2018_Task3_Training_LesionGroupings.csv, which says which images show the '
-            'same lesion. Without it a lesion would be in two parts and flatter the results; by_lesion=False does without')
+        if by_lesion:
+            raise FileNotFoundError(f'path={str(path)!r} must have the table ISIC2018_Task3_Training_LesionGroupings.csv, '
+                'which says which images show the same lesion. Without it a lesion would be in two parts and flatter the results; '
+                'by_lesion=False does without')
         return df.assign(lesion=np.nan),file.name
     groups = read_table(lesions, ['image', 'lesion_id'])[['image', 'lesion_id']].drop_duplicates()
     both = groups.image[groups.image.duplicated()]
@@ -75,8 +82,9 @@ def ham10000_images(
     by_lesion:bool=True, # Is it a problem if the table does not say which lesion an image shows?
     decode:bool=False, # Decode each image wholly?
     progress:bool=False, # Show a progress bar?
-)->tuple[pd.DataFrame,pd.DataFrame,list[Path]]: # `path`, `image`, `label` and what else the table has; problems as `check_images` gives them; all files
-    "The images of a folder with what its table says of them, all problems with both, and all files; raises `FileNotFoundError` or `ValueError` if there is no table to read."
+)->tuple[pd.DataFrame,pd.DataFrame,list[Path]]: # Images with what the table says; problems as from `check_images`; all files
+    """The images of a folder with what its table says of them, all problems with both, and all files; raises `FileNotFoundError` or
+    `ValueError` if there is no table to read."""
     rows,name = _rows(path, by_lesion)
     files = only_usable(image_files(path, skip=_other_sets), path, usable)
     problems = [check_images(files, decode, progress)]
@@ -93,7 +101,9 @@ def ham10000_images(
     file_of = files.drop_duplicates('image').set_index('image').path
     item = rows.image.map(file_of.to_dict()).where(rows.image.isin(file_of.index), rows.image)
     if rows.image.isna().any(): note([f'row {i + 2}' for i in np.flatnonzero(rows.image.isna())], f'no image is named in a row of {name}')
-    if usable is None: note(item[rows.image.notna() & ~rows.image.isin(file_of.index)].drop_duplicates(), f'no image file, but a row in {name}')
+    if usable is None:
+        lost = rows.image.notna() & ~rows.image.isin(file_of.index)
+        note(item[lost].drop_duplicates(), f'no image file, but a row in {name}')
     note(files.path[~files.image.isin(rows.image)], f'no row in {name}')
     keep = rows.image.isin(file_of.index)
     rows,item = rows[keep],item[keep]
@@ -114,15 +124,18 @@ def verify(
     by_lesion:bool=True, # Is it a problem if a table does not say which lesion an image shows?
     progress:bool=True, # Show a progress bar?
 )->pd.DataFrame: # `item`: file or name; `problem`: what is odd; `usable`: can it be used all the same?
-    "Check all images of a folder, and its table if there is one; what is wrong comes first. It raises `FileNotFoundError` or `ValueError` if there is nothing to check."
+    """Check all images of a folder, and its table if there is one; what is wrong comes first. It raises `FileNotFoundError` or
+    `ValueError` if there is nothing to check."""
     path = Path(path).expanduser()
     files = image_files(path)
-    if _find_table(path, 'HAM10000_metadata') or _find_table(path, 'ISIC2018_Task3_Training_GroundTruth'): _,problems,files = ham10000_images(path, None, by_lesion, True, progress)
+    if any(_find_table(path, o) for o in ('HAM10000_metadata', 'ISIC2018_Task3_Training_GroundTruth')):
+        _,problems,files = ham10000_images(path, None, by_lesion, True, progress)
     elif files: problems = check_images(files, True, progress)
     else: raise FileNotFoundError(f'path={str(path)!r} has no images')
     if save is not None: save_usable(files, problems, path, save)
-    bad = problems.item[~problems.usable]
-    print(f"{len(files)} images, {len(set(files) - set(bad))} of which can be used." + (f" {len(set(bad))} items can't, for the reasons given." if len(bad) else ''))
+    bad = set(problems.item[~problems.usable])
+    why = f" {len(bad)} items can't, for the reasons given." if bad else ''
+    print(f'{len(files)} images, {len(set(files) - bad)} of which can be used.{why}')
     return problems.sort_values('usable', kind='stable', ignore_index=True)
 
 # %% ../../nbs/23_data.ham10000.ipynb #02464e8f
@@ -137,7 +150,7 @@ def ham10000_table(
     by_lesion:bool=True, # Keep all images of a lesion in the same part?
     usable:str|Path|None=None, # List of the images to use, as `verify` writes it; default: all
     seed:int=0, # Seed of all draws
-)->pd.DataFrame: # `path`; `label` to train with; `clean`, the right label; `part`: 'train', 'valid', 'meta' or 'test'; `image`, `lesion`, and what else the table has
+)->pd.DataFrame: # `path`, `label`, `clean` (the right label), `part` ('train', 'valid', 'meta' or 'test'), `image`, `lesion` and more
     "Decide for each image of HAM10000 what it is used for; raises `ValueError` for a folder with problems or a split that can't be made."
     path = Path(path).expanduser()
     df,problems,_ = ham10000_images(path, usable, by_lesion)
@@ -150,7 +163,9 @@ def ham10000_table(
     rest,part = np.flatnonzero(~test),np.where(test, 'test', '').astype(object)
     for name,o in zip(('train', 'valid', 'meta'), splitter(df.iloc[rest].reset_index(drop=True))): part[rest[list(o)]] = name
     label = df.label.to_numpy()
-    if noise is not None: label,_ = label_noise(label, among=np.flatnonzero(part == 'train'), seed=seed, **(noise if isinstance(noise, dict) else dict(uniform=noise)))
+    if noise is not None:
+        kind = noise if isinstance(noise, dict) else dict(uniform=noise)
+        label,_ = label_noise(label, among=np.flatnonzero(part == 'train'), seed=seed, **kind)
     df = df.assign(clean=df.label, label=label, part=part)
     df = df[['path', 'label', 'clean', 'part', *df.columns.drop(['path', 'label', 'clean', 'part'])]]
     if train_on_meta: df = with_meta_in_train(df)
@@ -158,7 +173,8 @@ def ham10000_table(
 
 def _test_part(df, share, group):
     "A mask of all images of a share of each kind's lesions."
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1: raise ValueError(f'test_share={share!r} must be a share, from 0 to less than 1')
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+        raise ValueError(f'test_share={share!r} must be a share, from 0 to less than 1')
     rng = np.random.default_rng(0)
     lesions = df.groupby('label')[group].unique()
     return df[group].isin([o for kind in lesions for o in rng.permutation(kind)[:round(share*len(kind))]]).to_numpy()
@@ -180,7 +196,8 @@ class CropResize(RandTransform):
         w,h = x.size
         side = min(w, h)
         left,top = int((w - side)*self.place),int((h - side)*self.place)
-        return PILImage(x.resize((self.size, self.size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side), reducing_gap=2.))
+        box = left,top,left + side,top + side
+        return PILImage(x.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box, reducing_gap=2.))
 
 def lesion_tfms(
 )->list: # Batch transforms
@@ -228,8 +245,9 @@ def isic2018_test_dl(
     df = _one_hot(file)
     unknown = set(_kinds) ^ set(map(str, dls.vocab))
     if unknown: raise ValueError(f'dls.vocab is {listed(dls.vocab, 20)}, but must be the seven kinds {listed(_kinds, 20)}')
-    problems = [(o, why, False) for why,odd in ((f'no single diagnosis in {file.name}', df.label.isna()), (f'different rows in {file.name}', df.image.duplicated()),
-        (f'no image file, but a row in {file.name}', ~df.image.isin(images))) for o in df.image[odd]]
+    odd = {f'no single diagnosis in {file.name}': df.label.isna(), f'different rows in {file.name}': df.image.duplicated(),
+        f'no image file, but a row in {file.name}': ~df.image.isin(images)}
+    problems = [(o, why, False) for why,rows in odd.items() for o in df.image[rows]]
     raise_problems(pd.DataFrame(problems, columns=['item', 'problem', 'usable']).astype(dict(usable=bool)), path)
     df = df.assign(path=df.image.map(images))[['path', 'label', 'image', 'weight']]
     raise_problems(check_images(df.path, progress=False), path)
@@ -243,11 +261,13 @@ def submission(
 )->pd.DataFrame: # `image`, and the probability of each kind
     "Predict test images in the challenge's format, a row per image; raises `ValueError` if the classes are others."
     vocab = list(map(str, learn.dls.vocab))
-    if set(vocab) != set(_kinds): raise ValueError(f'learn.dls.vocab is {listed(vocab, 20)}, but must be the seven kinds {listed(_kinds, 20)}')
+    if set(vocab) != set(_kinds):
+        raise ValueError(f'learn.dls.vocab is {listed(vocab, 20)}, but must be the seven kinds {listed(_kinds, 20)}')
     items = dl.dataset.items
     paths = items['path'] if isinstance(items, pd.DataFrame) else items
     p = learn.get_preds(dl=dl)[0].double()
-    if p.min() < 0 or not torch.allclose(p.sum(1), torch.ones(len(p), dtype=p.dtype), atol=1e-3): p = p.softmax(1) # the loss function had no activation
+    shares = p.min() >= 0 and torch.allclose(p.sum(1), torch.ones(len(p), dtype=p.dtype), atol=1e-3)
+    if not shares: p = p.softmax(1) # the loss function had no activation
     p = p.clamp(0, 1).numpy()
     top = p.argmax(1) # what our metrics take where two kinds are equally likely; the scorer would count it as wrong
     p[np.arange(len(p)), top] = np.minimum(p[np.arange(len(p)), top]*(1 + 1e-9), 1) # less than single precision can tell apart

@@ -45,7 +45,8 @@ class DigitsData:
     ): # `DataLoaders` of the training, test and trusted examples
         "The three parts as `DataLoaders`; the third loader is the trusted one."
         parts = [p.tolist() for p in (self.train, self.test, self.trusted)]
-        block = DataBlock((TransformBlock, CategoryBlock), get_x=lambda i: self.images[i], get_y=lambda i: self.labels[i], splitter=lambda _: parts)
+        block = DataBlock((TransformBlock, CategoryBlock), get_x=lambda i: self.images[i], get_y=lambda i: self.labels[i],
+            splitter=lambda _: parts)
         datasets = block.datasets(range(len(self.labels)))
         if not sampler: return datasets.dataloaders(bs=bs, num_workers=0)
         y = self.labels[self.train]
@@ -72,8 +73,9 @@ def digits_data(
     by_class = [o[trusted_per_class:] for o in by_class]
     n_other = round(len(by_class[dominant]) * (1 - dominance)/dominance / (n_classes - 1))
     fewest = min(len(o) for c,o in enumerate(by_class) if c != dominant)
-    if not 1 <= n_other <= fewest: raise ValueError(f"dominance={dominance} can't be reached with all {len(by_class[dominant])} examples of class "
-        f'{dominant}: it takes {n_other} of each other class, and there are 1 to {fewest}')
+    if not 1 <= n_other <= fewest:
+        raise ValueError(f"dominance={dominance} can't be reached with all {len(by_class[dominant])} examples of class {dominant}: "
+            f'it takes {n_other} of each other class, and there are 1 to {fewest}')
     train = rng.permutation(np.concatenate([o if c == dominant else o[:n_other] for c,o in enumerate(by_class)]))
     flipped = train[:round(noise*len(train))]
     wrong = np.isin(np.arange(len(y)), flipped)
@@ -95,7 +97,8 @@ def train_scheme(
     set_seed(seed)
     if scheme == 'trusted alone': data = replace(data, train=np.resize(data.trusted, len(data.train)))
     dls = data.dataloaders(sampler=scheme == 'weighted sampler')
-    model = nn.Sequential(ConvLayer(1, 32), ConvLayer(32, 64, stride=2), ConvLayer(64, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    body = ConvLayer(1, 32),ConvLayer(32, 64, stride=2),ConvLayer(64, 64)
+    model = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
     learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=[BalancedAccuracy(), *ClassRecall(dls.vocab)],
         cbs=MetaReweightCallback() if scheme == 'reweighted' else None)
     with learn.no_bar(), learn.no_logging():
@@ -103,7 +106,8 @@ def train_scheme(
         learn.fit_one_cycle(epochs, lr)
         seconds = time.perf_counter() - start
         _,balanced_accuracy,*recalls = learn.validate()
-    results = dict(scheme=scheme, seed=seed, balanced_accuracy=balanced_accuracy, **{m.name: o for m,o in zip(learn.metrics[1:], recalls)}, seconds=seconds)
+    recalls = {m.name: o for m,o in zip(learn.metrics[1:], recalls)}
+    results = dict(scheme=scheme, seed=seed, balanced_accuracy=balanced_accuracy, **recalls, seconds=seconds)
     return results,learn.meta_reweight.item_weights() if scheme == 'reweighted' else None
 
 # %% ../../nbs/32_studies.demo.ipynb #b779abca
@@ -127,7 +131,8 @@ def results_table(
     rows.loc[:, rows.columns != 'seconds'] *= 100
     grouped = rows.groupby('scheme', sort=False)
     mean,sd = grouped.mean().T,grouped.std().T
-    return pd.DataFrame({scheme: [f'{m:.1f} ± {s:.1f}' if np.isfinite(s) else f'{m:.1f}' for m,s in zip(mean[scheme], sd[scheme])] for scheme in mean}, index=mean.index)
+    text = lambda m, s: f'{m:.1f} ± {s:.1f}' if np.isfinite(s) else f'{m:.1f}'
+    return pd.DataFrame({scheme: list(map(text, mean[scheme], sd[scheme])) for scheme in mean}, index=mean.index)
 
 def plot_results(
     results:pd.DataFrame, # A row per training, with the columns of `train_scheme`'s results
@@ -167,8 +172,9 @@ def l2rw_demo(
     except ValueError as e: raise SystemExit(str(e))
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise SystemExit(f'--out is {out}, but must be a folder that can be written to: {e}')
-    print(f'{len(data.train)} training digits: {np.mean(data.labels[data.train] == data.dominant):.0%} are labelled {data.dominant}, and '
-        f'{data.wrong[data.train].mean():.0%} of the labels are wrong. {len(data.trusted)} trusted digits, {len(data.test)} clean test digits.')
+    dominant,wrong = np.mean(data.labels[data.train] == data.dominant),data.wrong[data.train].mean()
+    print(f'{len(data.train)} training digits: {dominant:.0%} are labelled {data.dominant}, and {wrong:.0%} of the labels are wrong. '
+        f'{len(data.trusted)} trusted digits, {len(data.test)} clean test digits.')
     runs = [(o, scheme) for o in range(seed, seed + seeds) for scheme in schemes]
     results,weights = [],[]
     bar = progress_bar(runs)
@@ -179,7 +185,8 @@ def l2rw_demo(
         results.append(result)
         if item_weights is not None: weights.append(group_weights(data, item_weights))
     results,weights = pd.DataFrame(results),pd.DataFrame(weights)
-    print(f'\n\n% on the test set, mean ± standard deviation over {seeds} seed(s); seconds of training\n\n{results_table(results, data.dominant).to_string()}\n')
+    print(f'\n\n% on the test set, mean ± standard deviation over {seeds} seed(s); seconds of training\n')
+    print(f'{results_table(results, data.dominant).to_string()}\n')
     results.to_csv(out/'results.csv', index=False)
     plot_results(results, weights).savefig(out/'demo.png', dpi=120)
     print(f"figure: {out/'demo.png'}\nall results: {out/'results.csv'}")

@@ -41,7 +41,8 @@ class Results:
             try:
                 row = json.loads(line)
                 self.rows[cell_key(row['cell'])] = dict(cell=row['cell'], result=row['result'])
-            except (ValueError, TypeError, KeyError) as e: raise ValueError(f'line {i + 1} of {str(self.file)!r} is no row of results: {e!r}') from e
+            except (ValueError, TypeError, KeyError) as e:
+                raise ValueError(f'line {i + 1} of {str(self.file)!r} is no row of results: {e!r}') from e
 
     def __len__(self): return len(self.rows)
     def __contains__(self, cell): return cell_key(cell) in self.rows
@@ -73,7 +74,8 @@ class Results:
     def to_csv(self):
         "Write `results.csv` beside the file; lists and dictionaries are written as JSON."
         df = self.frame()
-        for o in df.columns[[any(isinstance(x, (list, dict)) for x in df[c]) for c in df]]: df[o] = df[o].map(lambda x: json.dumps(x) if isinstance(x, (list, dict)) else x)
+        nested = lambda o: isinstance(o, (list, dict))
+        for o in df.columns[[any(map(nested, df[c])) for c in df]]: df[o] = df[o].map(lambda x: json.dumps(x) if nested(x) else x)
         df.to_csv(self.file.with_suffix('.csv'), index=False)
 
 # %% ../../nbs/31_studies.grids.ipynb #93f47c7f
@@ -155,7 +157,8 @@ class Grid:
             if not len(getattr(self, name)): raise ValueError(f'{name} is empty, but must have one or more')
 
     def _cell(self, stage, family, setting, data, scheme, seed, lr):
-        return dict(stage=stage, family=family, setting=setting, data=data, scheme=scheme, how=variants[scheme], seed=seed, lr=lr, **self.options)
+        return dict(stage=stage, family=family, setting=setting, data=data, scheme=scheme, how=variants[scheme], seed=seed, lr=lr,
+            **self.options)
 
     def search_cells(self,
     )->list[dict]: # Cells
@@ -167,7 +170,8 @@ class Grid:
     def chosen(self,
         results:Results, # With the first stage's rows, as far as they are there
     )->dict[tuple[str,str],float|None]: # Learning rate by family and scheme; None where rows are missing
-        "The learning rate with the best validation score after the last epoch, in the mean over the seeds of the search; the first of equals."
+        """The learning rate with the best validation score after the last epoch, in the mean over the seeds of the search; the first of
+        equals."""
         scores = {}
         for cell in self.search_cells():
             row = results.rows.get(cell_key(cell))
@@ -205,7 +209,8 @@ def cell_name(
     cell:dict, # A cell of a grid
 )->str: # Its name, for people
     "What a cell is called in messages."
-    return f"{cell['stage']}: {cell['setting']}, {cell['scheme']}, seed {cell['seed']}" + ('' if cell['lr'] is None else f", lr {cell['lr']:.3g}")
+    name = f"{cell['stage']}: {cell['setting']}, {cell['scheme']}, seed {cell['seed']}"
+    return name if cell['lr'] is None else f"{name}, lr {cell['lr']:.3g}"
 
 def seconds_left(
     rows:Iterable[dict], # Rows of finished cells: `cell` with its `scheme`, `result` with its `wall_seconds`
@@ -227,7 +232,8 @@ def _alone(folder):
     except ImportError: yield; return # on Windows, take care yourself
     with open(folder/'.lock', 'w') as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise SystemExit(f'--out is {folder}, to which another run is writing: wait for it, or choose another folder') from None
+        except OSError:
+            raise SystemExit(f'--out is {folder}, to which another run is writing: wait for it, or choose another folder') from None
         yield
 
 def _from_first(x):
@@ -242,7 +248,7 @@ def run_grid(
     train:Callable, # `train(cell)` gives the result, a dictionary; with `jobs` above 1, a function that can be imported
     out:str|Path, # Folder of the results
     *,
-    report:Callable=lambda search, final, folder: None, # Writes tables and figures of the rows of both stages; called at the end, when interrupted, and every ten minutes
+    report:Callable=lambda search, final, folder: None, # Writes tables and figures of the rows of both stages, now and then and at the end
     jobs:int=1, # Number of cells that are trained at the same time
     dry_run:bool=False, # Only say what would be done?
 )->int: # Exit status: 0 if all cells are finished, otherwise 1
@@ -255,9 +261,10 @@ def run_grid(
     done = [sum(o in results for o in cells) for cells in (search, final)]
     if num_distrib() > 1 and jobs > 1: raise SystemExit(f'--jobs is {jobs}, but must be 1 where several processes train one model')
     settings = [name for o in grid.families.values() for name in o]
-    say(f'{len(settings)} settings: {"; ".join(settings)}\n{len(grid.schemes)} schemes: {"; ".join(grid.schemes)}\nseeds: {listed(grid.seeds, 20)}\n'
-        f'search for the learning rate among {listed(map("{:.3g}".format, grid.lrs), 20)}: {len(search)} cells, {done[0]} of them done\n'
-        f'final: {len(final)} cells, {done[1]} of them done')
+    say(f'{len(settings)} settings: {"; ".join(settings)}\n{len(grid.schemes)} schemes: {"; ".join(grid.schemes)}')
+    say(f'seeds: {listed(grid.seeds, 20)}')
+    say(f'search for the learning rate among {listed(map("{:.3g}".format, grid.lrs), 20)}: {len(search)} cells, {done[0]} of them done')
+    say(f'final: {len(final)} cells, {done[1]} of them done')
     if dry_run:
         pending = [o for o in search + final if o not in results]
         say(f'to do: {len(pending)} cells, time: {_clock(seconds_left(results.rows.values(), pending, jobs))}')
@@ -298,12 +305,15 @@ def run_grid(
                     if first: results.add(cell, result)
                     else: results.rows[cell_key(cell)] = dict(cell=cell, result=result)
                     score = result.get('balanced_accuracy', result['valid_balanced_accuracy'])
-                    say(f"{len(pending)} to do, {_clock(seconds_left(results.rows.values(), pending, jobs))} left | {cell_name(cell)}: {100*score:.1f} % in {result['wall_seconds']:.0f} s")
+                    left = _clock(seconds_left(results.rows.values(), pending, jobs))
+                    said = f"{100*score:.1f} % in {result['wall_seconds']:.0f} s"
+                    say(f'{len(pending)} to do, {left} left | {cell_name(cell)}: {said}')
                     if time.monotonic() - reported > 600:
                         write()
                         reported = time.monotonic()
         finally: write()
-    say(f'{len(failed)} failed; run the same command again to try again ({out/"errors.log"} says more)' if failed else f'all cells are finished: {out}')
+    if failed: say(f'{len(failed)} failed; run the same command again to try again ({out/"errors.log"} says more)')
+    else: say(f'all cells are finished: {out}')
     return int(bool(failed))
 
 # %% ../../nbs/31_studies.grids.ipynb #d2af7971

@@ -59,7 +59,8 @@ def image_body(
     if library == 'lite': return _LiteBody(pretrained),([0.5]*3, [0.5]*3)
     if library == 'torchvision':
         model = torchvision.models.get_model(arch, weights='DEFAULT' if pretrained else None)
-        return create_body(model, pretrained=pretrained, cut=model_meta.get(getattr(torchvision.models, arch), {}).get('cut')),imagenet_stats
+        cut = model_meta.get(getattr(torchvision.models, arch), {}).get('cut')
+        return create_body(model, pretrained=pretrained, cut=cut),imagenet_stats
     import timm
     model = timm.create_model(arch, pretrained=pretrained, num_classes=0)
     return TimmBody(model, pretrained),(model.default_cfg['mean'], model.default_cfg['std'])
@@ -156,9 +157,10 @@ def train_ham10000(
         if not len(everything) or rank_distrib(): return
         folder = Path(out)/'submissions'
         folder.mkdir(exist_ok=True)
-        with learn.no_bar(): submission(learn, dls.test_dl(everything, with_labels=True), folder/f"{cell['setting']}_{cell['scheme']}_seed{seed}.csv".replace(' ', '_'))
-    return train_variant(cell['how'], dls, table, make_learner, partial(fit_schedule, epochs=cell['epochs'], lr=cell['lr'], schedule=cell['schedule']),
-        seed, cell['every'], cell['precision'], submit)
+        name = f"{cell['setting']}_{cell['scheme']}_seed{seed}.csv".replace(' ', '_')
+        with learn.no_bar(): submission(learn, dls.test_dl(everything, with_labels=True), folder/name)
+    fit = partial(fit_schedule, epochs=cell['epochs'], lr=cell['lr'], schedule=cell['schedule'])
+    return train_variant(cell['how'], dls, table, make_learner, fit, seed, cell['every'], cell['precision'], submit)
 
 def _frozen(cell, table, everything, out, device, num_workers):
     "Loaders of features, centred and on a common scale, and a small head."
@@ -188,7 +190,8 @@ def ham10000_report(
     table:pd.DataFrame, # The parts of the first seed
 ):
     "Write `results.md` and the figures."
-    more = {f'Table 2: recall of each kind on the test set, %: {s}': recall_table(o) for s,o in final.groupby('setting', sort=False)} if len(final) else {}
+    by_setting = final.groupby('setting', sort=False) if len(final) else []
+    more = {f'Table 2: recall of each kind on the test set, %: {s}': recall_table(o) for s,o in by_setting}
     write_tables(search, final, folder, title, more)
     save_figure(plot_parts(table), folder/'figure2_parts')
     if not len(final): return
@@ -202,14 +205,14 @@ def l2rw_ham10000(
     test:Path=None, # Folder of the challenge's test set; default: a quarter of the lesions of HAM10000
     out:Path=Path('l2rw_ham10000'), # Folder of the results; a run that was interrupted goes on with the same command
     settings:str='', # Settings, with commas between them: clean, 'uniform 0.4'; default: all
-    schemes:Param(schemes_help, str)='', # Schemes, with commas between them; default: those of the package and training on the trusted images alone
+    schemes:Param(schemes_help, str)='', # Schemes, with commas between them; default: `default_schemes`
     seeds:int=3, # Number of seeds of the final stage
     arch:str='resnet50', # Network: a name in torchvision or timm, or efficientnet_lite0, whose weights come in a package
     frozen:store_true=False, # Train a small head on the features of the frozen network?
     scratch:store_true=False, # Begin with random weights instead of those learned on ImageNet?
     size:int=224, # Images are cut to this height and width
     epochs:int=None, # Number of epochs; default: 8, or 30 with --frozen
-    lrs:str='', # Learning rates that each scheme may try, with commas between them; default: 0.0007, 0.002 and 0.006, or 0.0003, 0.001, 0.003 and 0.01 with --frozen. One: no search
+    lrs:str='', # Learning rates to try, with commas; default: 0.0007,0.002,0.006, or 0.0003,0.001,0.003,0.01 if frozen. One: no search
     search_seeds:int=None, # Number of seeds of the search; default: 1, or 3 with --frozen
     opt:str=None, # sgd (with momentum 0.9) or adam; default: adam, or sgd with --frozen
     schedule:str=None, # Learning rate: constant, cosine, one-cycle or fine-tune; default: fine-tune, or constant with --frozen
@@ -225,17 +228,21 @@ def l2rw_ham10000(
     dry_run:store_true=False, # Only show the plan?
     quick:store_true=False, # A first look: frozen efficientnet_lite0 at 96 pixels, three schemes, 15 epochs, 2 seeds, no search
 ):
-    "Compare schemes on HAM10000 with right and with wrong labels; writes results, tables, figures and, for the challenge's test set, submissions."
+    """Compare schemes on HAM10000 with right and with wrong labels; writes results, tables, figures and, for the challenge's test set,
+    submissions."""
     if quick:
         schemes,lrs = schemes or 'unweighted,weighted sampler,reweighted',lrs or '0.001'
         frozen,arch,size,epochs,seeds,jobs = True,'efficientnet_lite0',96,15,2,min(2, os.cpu_count() or 1)
     frozen,scratch = bool(frozen),bool(scratch)
-    epochs,lrs,search_seeds,opt,schedule = (default if given in (None, '') else given for given,default in zip((epochs, lrs, search_seeds, opt, schedule),
-        (30, '0.0003,0.001,0.003,0.01', 3, 'sgd', 'constant') if frozen else (8, '0.0007,0.002,0.006', 1, 'adam', 'fine-tune')))
+    defaults = (30, '0.0003,0.001,0.003,0.01', 3, 'sgd', 'constant') if frozen else (8, '0.0007,0.002,0.006', 1, 'adam', 'fine-tune')
+    given = epochs,lrs,search_seeds,opt,schedule
+    epochs,lrs,search_seeds,opt,schedule = (d if o in (None, '') else o for o,d in zip(given, defaults))
     check_options(opt=(opt, ('sgd', 'adam')), schedule=(schedule, schedules), precision=(precision, ('fp32', 'fp16', 'bf16')))
-    check_counts(seeds=seeds, epochs=epochs, search_seeds=search_seeds, bs=bs, size=size, meta_per_class=meta_per_class, valid_per_class=valid_per_class, every=every, jobs=jobs)
-    options = dict(arch=arch, frozen=frozen, pretrained=not scratch, size=size, epochs=epochs, opt=opt, schedule=schedule, bs=bs, meta_per_class=meta_per_class,
-        valid_per_class=valid_per_class, train_on_meta=bool(train_on_meta), every=every, precision=precision, test='ISIC 2018' if test else 'held-out lesions')
+    check_counts(seeds=seeds, epochs=epochs, search_seeds=search_seeds, bs=bs, size=size, meta_per_class=meta_per_class,
+        valid_per_class=valid_per_class, every=every, jobs=jobs)
+    options = dict(arch=arch, frozen=frozen, pretrained=not scratch, size=size, epochs=epochs, opt=opt, schedule=schedule, bs=bs,
+        meta_per_class=meta_per_class, valid_per_class=valid_per_class, train_on_meta=bool(train_on_meta), every=every,
+        precision=precision, test='ISIC 2018' if test else 'held-out lesions')
     grid = make_grid(ham10000_settings(), _search_on, settings, schemes, seeds, lrs, search_seeds, options)
     path,test = str(path.expanduser()),test and str(test.expanduser())
     try:
@@ -245,8 +252,13 @@ def l2rw_ham10000(
     except (OSError, ValueError) as e: raise SystemExit(f'--path {path}' + f' --test {test}'*bool(test) + f': {e}') from None
     if not dry_run:
         try: image_body(arch, not scratch) # downloads its weights, if there are any
-        except (OSError, ImportError) as e: raise SystemExit(f'--arch {arch}: {e}; the weights of efficientnet_lite0 come in a package, and --scratch does without') from None
-    if frozen and not dry_run: frozen_features([*ham10000_images(path)[0].path, *test_images], _features_file(out, arch, size), arch, size, not scratch, bs, device, num_workers)
+        except (OSError, ImportError) as e:
+            raise SystemExit(f'--arch {arch}: {e}; the weights of efficientnet_lite0 come in a package, '
+                'and --scratch does without') from None
+        if frozen:
+            images = [*ham10000_images(path)[0].path, *test_images]
+            frozen_features(images, _features_file(out, arch, size), arch, size, not scratch, bs, device, num_workers)
     train = partial(train_ham10000, path=path, out=str(out), test=test, device=device, num_workers=num_workers)
-    title = f"HAM10000: {arch}{' (random weights)'*scratch}, {'frozen' if frozen else 'fine-tuned'}, {epochs} epochs, {meta_per_class} trusted images per kind, tested on {options['test']}"
+    how = f"{arch}{' (random weights)'*scratch}, {'frozen' if frozen else 'fine-tuned'}"
+    title = f"HAM10000: {how}, {epochs} epochs, {meta_per_class} trusted images per kind, tested on {options['test']}"
     raise SystemExit(run_grid(grid, train, out, report=partial(ham10000_report, title=title, table=table), jobs=jobs, dry_run=dry_run))

@@ -34,7 +34,8 @@ def markdown(
 )->str: # The same in Markdown
     "A table in Markdown, with its index as first column."
     text = lambda o: '' if o is None or isinstance(o, float) and math.isnan(o) else f'{o:.3g}' if isinstance(o, float) else str(o)
-    rows = [[df.index.name or '', *df.columns], ['---']*(1 + df.shape[1]), *([i, *row] for i,row in zip(df.index, df.itertuples(index=False, name=None)))]
+    rows = [[df.index.name or '', *df.columns], ['---']*(1 + df.shape[1])]
+    rows += [[i, *row] for i,row in zip(df.index, df.itertuples(index=False, name=None))]
     return '\n'.join('| ' + ' | '.join(map(text, row)) + ' |' for row in rows)
 
 def _ordered(df, col): return list(dict.fromkeys(df[col]))
@@ -44,7 +45,9 @@ def summary_table(
     value:str='balanced_accuracy', # The column to summarise, of shares
 )->pd.DataFrame: # A row per scheme, a column per setting
     "Mean ± standard deviation of a measure over the seeds, in %."
-    return pd.DataFrame({s: {o: mean_sd(df[(df.setting == s) & (df.scheme == o)][value]) for o in _ordered(df, 'scheme')} for s in _ordered(df, 'setting')}).rename_axis('scheme')
+    cell = lambda setting, scheme: mean_sd(df[(df.setting == setting) & (df.scheme == scheme)][value])
+    schemes = _ordered(df, 'scheme')
+    return pd.DataFrame({s: {o: cell(s, o) for o in schemes} for s in _ordered(df, 'setting')}).rename_axis('scheme')
 
 def paired_table(
     df:pd.DataFrame, # Rows of the final stage, as `Results.frame` gives them
@@ -57,7 +60,8 @@ def paired_table(
         static = [o for o in wide if is_static(df[df.scheme == o].how.iloc[0])]
         if not static: continue
         best = wide[static].mean().idxmax()
-        columns[s] = {'best static scheme': best} | {o: mean_sd(wide[o] - wide[best], sign=True) for o in _ordered(df, 'scheme') if o in wide and o not in static}
+        others = [o for o in _ordered(df, 'scheme') if o in wide and o not in static]
+        columns[s] = {'best static scheme': best} | {o: mean_sd(wide[o] - wide[best], sign=True) for o in others}
     return pd.DataFrame(columns).rename_axis('scheme')
 
 def chosen_table(
@@ -76,7 +80,9 @@ def recall_table(
 )->pd.DataFrame: # A row per scheme, a column per class
     "Mean ± standard deviation of each class's recall over the seeds, in %."
     classes = df.classes.iloc[0]
-    return pd.DataFrame({c: {o: mean_sd([r[i] for r in df[df.scheme == o].recalls]) for o in _ordered(df, 'scheme')} for i,c in enumerate(classes)}).rename_axis('scheme')
+    cell = lambda scheme, i: mean_sd([r[i] for r in df[df.scheme == scheme].recalls])
+    schemes = _ordered(df, 'scheme')
+    return pd.DataFrame({c: {o: cell(o, i) for o in schemes} for i,c in enumerate(classes)}).rename_axis('scheme')
 
 def weights_table(
     df:pd.DataFrame, # Rows of the final stage, as `Results.frame` gives them
@@ -86,7 +92,8 @@ def weights_table(
     if 'ess' not in df: return pd.DataFrame()
     for (setting,scheme),o in df[df.ess.notna()].groupby(['setting', 'scheme'], sort=False):
         columns = {'right labels': 'weight_right', 'wrong labels': 'weight_wrong',
-            'right labels, mean of classes': 'weight_right_alike', 'wrong labels, mean of classes': 'weight_wrong_alike', 'share of zero weights': 'zero_share', 'effective sample size': 'ess'}
+            'right labels, mean of classes': 'weight_right_alike', 'wrong labels, mean of classes': 'weight_wrong_alike',
+            'share of zero weights': 'zero_share', 'effective sample size': 'ess'}
         by_class = pd.DataFrame(o.weight_by_class.tolist()).mean()
         rows[f'{setting}: {scheme}'] = {k: o[c].mean() for k,c in columns.items() if c in o} | dict(by_class)
     return pd.DataFrame(rows).T.rename_axis('')
@@ -101,16 +108,26 @@ def write_tables(
     "Write the tables that all experiments have as Markdown."
     tables = {}
     if len(final): tables |= {
-        'Balanced accuracy on the test set after the last epoch, %': summary_table(final),
-        'Difference to the static scheme that is best on the test set, seed by seed, percentage points': paired_table(final),
-        'Balanced accuracy on the test set at the epoch that was best on the validation part, %': summary_table(final, 'early_stopped_balanced_accuracy'),
-        'Balanced accuracy on the validation part after the last epoch, %': summary_table(final, 'valid_balanced_accuracy'),
-        'Accuracy on the test set after the last epoch, %': summary_table(final, 'accuracy'),
-        'Weights in training: mean weight (1 if all items counted the same), share of zero weights, effective sample size of a batch': weights_table(final),
-        'Seconds of training, without validation': final.pivot_table(index='scheme', columns='setting', values='seconds', sort=False).round(1)}
-    if len(search): tables['Search: balanced accuracy on the validation part after the last epoch, %, by learning rate; the chosen one in bold'] = chosen_table(search)
+        'Balanced accuracy on the test set after the last epoch, %':
+            summary_table(final),
+        'Difference to the static scheme that is best on the test set, seed by seed, percentage points':
+            paired_table(final),
+        'Balanced accuracy on the test set at the epoch that was best on the validation part, %':
+            summary_table(final, 'early_stopped_balanced_accuracy'),
+        'Balanced accuracy on the validation part after the last epoch, %':
+            summary_table(final, 'valid_balanced_accuracy'),
+        'Accuracy on the test set after the last epoch, %':
+            summary_table(final, 'accuracy'),
+        'Weights in training: mean weight (1 if all items counted the same), share of zero weights, effective sample size of a batch':
+            weights_table(final),
+        'Seconds of training, without validation':
+            final.pivot_table(index='scheme', columns='setting', values='seconds', sort=False).round(1)}
+    if len(search): tables |= {
+        'Search: balanced accuracy on the validation part after the last epoch, %, by learning rate; the chosen one in bold':
+            chosen_table(search)}
     blocks = [f'## {name}\n\n{markdown(o)}' for name,o in ((more or {}) | tables).items() if len(o)]
-    Path(folder, 'results.md').write_text(f'# {title}\n\nMean ± standard deviation over the seeds (number of seeds).\n\n' + '\n\n'.join(blocks) + '\n', encoding='utf-8')
+    blocks = [f'# {title}', 'Mean ± standard deviation over the seeds (number of seeds).', *blocks]
+    Path(folder, 'results.md').write_text('\n\n'.join(blocks) + '\n', encoding='utf-8')
 
 # %% ../../nbs/33_studies.tables.ipynb #5660c9e2
 def scheme_styles(
@@ -118,10 +135,13 @@ def scheme_styles(
 )->dict[str,dict]: # Arguments of `Axes.plot` by name
     "A colour and a line for each scheme, the same in all figures; those that learn weights have solid lines."
     names = list(variants)
-    colors = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#000000', '#999999', '#7B3F00', '#6A3D9A', '#B2DF8A', '#FB9A99',
-        '#44AA99', '#882255', '#DDCC77', '#117733', '#332288', '#AA4499', '#661100', '#6699CC', '#999933', '#FF6F61', '#4B0082']
-    return {o: dict(color=colors[names.index(o) % len(colors)], marker='osD^vPX*<>h'[names.index(o) % 11], ms=5,
-        ls=':' if variants[o].get('alone') or variants[o].get('right') else '--' if is_static(variants[o]) else '-', lw=1.3 if is_static(variants[o]) else 2.2) for o in schemes}
+    colors = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#000000', '#999999', '#7B3F00', '#6A3D9A', '#B2DF8A',
+        '#FB9A99', '#44AA99', '#882255', '#DDCC77', '#117733', '#332288', '#AA4499', '#661100', '#6699CC', '#999933', '#FF6F61', '#4B0082']
+    def style(scheme):
+        how,i = variants[scheme],names.index(scheme)
+        line = ':' if how.get('alone') or how.get('right') else '--' if is_static(how) else '-'
+        return dict(color=colors[i % len(colors)], marker='osD^vPX*<>h'[i % 11], ms=5, ls=line, lw=1.3 if is_static(how) else 2.2)
+    return {o: style(o) for o in schemes}
 
 def plot_against(
     df:pd.DataFrame, # Rows of the final stage of one family
@@ -180,7 +200,9 @@ def plot_confusions(
         counts = np.array(df[df.scheme == scheme].confusion.tolist(), dtype=float)
         share = 100*(counts/counts.sum(2, keepdims=True).clip(1)).mean(0)
         ax.imshow(share, cmap='Blues', vmin=0, vmax=100)
-        for (i,j),v in np.ndenumerate(share): ax.text(j, i, f'{v:.0f}', ha='center', va='center', fontsize='xx-small', color='white' if v > 55 else 'black')
+        for (i,j),v in np.ndenumerate(share):
+            color = 'white' if v > 55 else 'black'
+            ax.text(j, i, f'{v:.0f}', ha='center', va='center', fontsize='xx-small', color=color)
         ax.set_xticks(range(len(classes)), classes, rotation=90, fontsize='x-small')
         ax.set_yticks(range(len(classes)), classes, fontsize='x-small')
         ax.set_title(scheme, fontsize='small')
@@ -203,8 +225,10 @@ def plot_weights(
         for k,scheme in enumerate(schemes):
             rows = o[o.scheme == scheme]
             if not len(rows): continue
-            values = pd.DataFrame([w | {k: r.get(c) for k,c in alike.items()} for w,(_,r) in zip(rows.weight_by_class, rows.iterrows())]).reindex(columns=groups)
-            ax.bar(np.arange(len(groups)) + (k + 0.5)/len(schemes)*0.8 - 0.4, values.mean(), 0.8/len(schemes), yerr=values.std().fillna(0), capsize=2,
+            values = [w | {k: r.get(c) for k,c in alike.items()} for w,(_,r) in zip(rows.weight_by_class, rows.iterrows())]
+            values = pd.DataFrame(values).reindex(columns=groups)
+            places,width = np.arange(len(groups)) + (k + 0.5)/len(schemes)*0.8 - 0.4,0.8/len(schemes)
+            ax.bar(places, values.mean(), width, yerr=values.std().fillna(0), capsize=2,
                 color=scheme_styles([scheme])[scheme]['color'], label=scheme)
         ax.axhline(1, color='k', lw=0.8, ls=':')
         ax.set_xticks(range(len(groups)), groups, fontsize='small')
@@ -224,7 +248,8 @@ def plot_parts(
         counts = table.clean[table.part == part].value_counts().reindex(classes, fill_value=0)
         ax.bar_label(ax.bar(range(len(classes)), counts, color='#0072B2'), fontsize='x-small')
         ax.set_xticks(range(len(classes)), classes, rotation=45, ha='right', fontsize='small')
-        ax.set_title(f"{dict(train='training', valid='validation', meta='trusted', test='test')[part]}: {counts.sum():,} images", fontsize='medium')
+        name = dict(train='training', valid='validation', meta='trusted', test='test')[part]
+        ax.set_title(f'{name}: {counts.sum():,} images', fontsize='medium')
         ax.spines[['top', 'right']].set_visible(False)
     return fig
 

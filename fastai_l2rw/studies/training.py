@@ -28,6 +28,8 @@ from ..data.folders import CategorizeColumn
 from ..schemes import scheme_registry, weighted_sampler, weighting_scheme, weighting_schemes
 
 # %% ../../nbs/30_studies.training.ipynb #d31d9b6f
+# by name: `scheme`; `kwargs` for `weighting_scheme`; `sampler`: draw the classes equally often; `head`: look ahead along the last layer
+# only; `alone`: train on nothing but the trusted items; `right`: leave wrong labels out
 variants = {o: dict(scheme=o) for o in weighting_schemes} | {
     'trusted alone': dict(scheme='unweighted', alone=True),
     'right labels alone': dict(scheme='inverse frequency', right=True),
@@ -46,21 +48,23 @@ variants = {o: dict(scheme=o) for o in weighting_schemes} | {
     'robust margin 3 augmented': dict(scheme='robust', kwargs=dict(margin=3., augment=True)),
     'robust margin not relative': dict(scheme='robust', kwargs=dict(relative=False, margin=1.)),
     'robust margin smooth': dict(scheme='robust', kwargs=dict(margin=1., smooth=0.9)),
-} # by name: `scheme`; `kwargs` for `weighting_scheme`; `sampler`: draw the classes equally often; `head`: look ahead along the last layer only; `alone`: train on nothing but the trusted items; `right`: leave wrong labels out
+}
 
 default_schemes = *weighting_schemes,'trusted alone'
 
 def is_static(
     how:dict, # One of the values of `variants`
 )->bool: # Does it train on the training part by weights that do not depend on trusted items, or on what is right?
-    "Tell schemes with fixed weights from those that learn them, from training on the trusted items alone, and from those that know which labels are right."
+    """Tell schemes with fixed weights from those that learn them, from training on the trusted items alone, and from those that know
+    which labels are right."""
     return not scheme_registry[how['scheme']].learns and not how.get('alone') and not how.get('right')
 
 def train_rows(
     table:pd.DataFrame, # A row per item, with its `part`
     how:dict, # One of the values of `variants`
 )->pd.DataFrame: # The same parts but for 'train', if the variant trains on some items alone
-    "The table that a variant trains on; items are repeated until they are as many as there were training items, for the same number of steps."
+    """The table that a variant trains on; items are repeated until they are as many as there were training items, for the same number of
+    steps."""
     train = table.part == 'train'
     if how.get('alone'): rows = table.part == 'meta'
     elif how.get('right') and 'clean' in table: rows = train & (table.label == table.clean)
@@ -167,7 +171,8 @@ def train_variant(
     row = dict(valid_balanced_accuracy=valid, best_valid_balanced_accuracy=max(watch.best, valid), best_epoch=watch.best_epoch,
         n_train=int((table.part == 'train').sum()), n_steps=watch.steps, seconds=seconds,
         diverged=diverged or not all(p.isfinite().all() for p in model.parameters()), classes=vocab)
-    if (cb := next((o for o in learn.cbs if isinstance(o, MetaReweightCallback)), None)) and not diverged: row |= _weight_facts(learn, cb, table)
+    cb = next((o for o in learn.cbs if isinstance(o, MetaReweightCallback)), None)
+    if cb and not diverged: row |= _weight_facts(learn, cb, table)
     if after: after(learn)
     if test_dl:
         row |= scores(confusion_matrix(model, test_dl[0], n_classes))
@@ -180,7 +185,8 @@ def _weight_facts(learn, cb, table):
     try: weights = cb.item_weights()
     except ValueError: return {} # none were learned yet
     train = table[table.part == 'train'].reset_index(drop=True).loc[weights.index]
-    facts = dict(weight_by_class=weights.weight.groupby(train.label).mean().to_dict(), zero_share=float((weights.zero*weights.steps).sum()/weights.steps.sum()),
+    facts = dict(weight_by_class=weights.weight.groupby(train.label).mean().to_dict(),
+        zero_share=float((weights.zero*weights.steps).sum()/weights.steps.sum()),
         ess=float(np.nanmean([o[-1] for o in learn.recorder.values])))
     if 'clean' in train and (train.label != train.clean).any():
         wrong = train.label != train.clean
@@ -205,7 +211,7 @@ class _OpenKept(OpenDecoded):
 
 def kept_dls(
     table:pd.DataFrame, # `path`, `label` and `part` ('train', 'valid', 'meta', and 'test' if there is one)
-    inputs:dict, # Array or tensor for each path as text, all of the same shape: images of bytes with the channels first, features, or the like
+    inputs:dict, # Array or tensor by path as text, all of one shape: images of bytes with the channels first, features, or the like
     bs:int, # Batch size; in distributed training, that of all processes together
     batch_tfms=None, # Batch transforms
     device=None, # Device of the batches; default: fastai's
@@ -215,7 +221,8 @@ def kept_dls(
     paths = list(dict.fromkeys(map(str, [*table.path, *more])))
     images = torch.stack([torch.as_tensor(inputs[o]) for o in paths])
     opener = _OpenKept(images, {o: i for i,o in enumerate(paths)})
-    block = DataBlock((TransformBlock(dl_type=DecodedDL), TransformBlock), getters=[opener, CategorizeColumn()], splitter=PartSplitter(), batch_tfms=batch_tfms)
+    block = DataBlock((TransformBlock(dl_type=DecodedDL), TransformBlock), getters=[opener, CategorizeColumn()], splitter=PartSplitter(),
+        batch_tfms=batch_tfms)
     return block.dataloaders(table, bs=bs//max(1, num_distrib()), device=device)
 
 schedules = 'constant','cosine','one-cycle','fine-tune'
