@@ -361,7 +361,8 @@ def test_validations(every, epochs, expected, monkeypatch):
 
 def test_static_variants():
     "Those with fixed weights, which need no trusted item and do not know what is right."
-    assert [o for o in variants if is_static(variants[o])] == ['unweighted', 'weighted sampler', 'inverse frequency', 'effective number', 'focal']
+    static = [o for o in variants if is_static(variants[o])]
+    assert static == ['unweighted', 'weighted sampler', 'inverse frequency', 'effective number', 'focal']
     assert list(variants)[:len(weighting_schemes)] == list(weighting_schemes) and default_schemes == (*weighting_schemes, 'trusted alone')
 
 def test_trusted_alone():

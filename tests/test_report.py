@@ -104,7 +104,8 @@ def test_settings_do_what_they_say(cifar, tmp_path):
     for family in cifar10_settings(human=True).values():
         for name,data in family.items():
             if 'aggregate' in name or data.get('tail', 1) > 34 or data.get('dominance', 0) > 0.7: continue # too few images here
-            table = cifar10_rows(str(cifar), str(tmp_path/'human.csv'), 0, 1., 2, 4, False, **{'kind' if k == 'human' else k: v for k,v in data.items()})
+            kwargs = {'kind' if k == 'human' else k: v for k,v in data.items()}
+            table = cifar10_rows(str(cifar), str(tmp_path/'human.csv'), 0, 1., 2, 4, False, **kwargs)
             train = table[table.part == 'train']
             counts = train.clean.value_counts()
             if 'dominance' in data: assert counts.idxmax() == 'airplane' and abs(counts.max()/len(train) - data['dominance']) < 0.05
@@ -244,13 +245,17 @@ def test_commands_without_accelerate(tmp_path, name):
     assert done.returncode == 0 and '--epochs' in done.stdout, done.stderr
 
 def test_everything_can_be_imported_without_accelerate(tmp_path):
-    code = "import importlib, pkgutil, fastai_l2rw\nfor o in pkgutil.walk_packages(fastai_l2rw.__path__, 'fastai_l2rw.'): print(importlib.import_module(o.name).__name__)"
-    done = run_without_accelerate(tmp_path, code)
-    assert done.returncode == 0 and {'fastai_l2rw.all', 'fastai_l2rw.studies.training', 'fastai_l2rw.studies.ham10000'} <= set(done.stdout.split()), done.stderr
+    done = run_without_accelerate(tmp_path, """
+import importlib, pkgutil, fastai_l2rw
+for o in pkgutil.walk_packages(fastai_l2rw.__path__, 'fastai_l2rw.'): print(importlib.import_module(o.name).__name__)""")
+    assert done.returncode == 0, done.stderr
+    assert {'fastai_l2rw.all', 'fastai_l2rw.studies.training', 'fastai_l2rw.studies.ham10000'} <= set(done.stdout.split())
 
 def test_a_training_without_accelerate(cifar, tmp_path):
-    done = run_without_accelerate(tmp_path, 'from fastai_l2rw.studies.cifar10 import l2rw_cifar10\nl2rw_cifar10()', '--path', cifar, '--settings', 'dominance 0.5',
-        '--schemes', 'reweighted', '--seeds', 1, '--epochs', 1, '--lrs', 0.01, '--bs', 16, '--meta_per_class', 2, '--valid_per_class', 4, '--device', 'cpu')
+    options = dict(path=cifar, settings='dominance 0.5', schemes='reweighted', seeds=1, epochs=1, lrs=0.01, bs=16, meta_per_class=2,
+        valid_per_class=4, device='cpu')
+    done = run_without_accelerate(tmp_path, 'from fastai_l2rw.studies.cifar10 import l2rw_cifar10\nl2rw_cifar10()',
+        *(o for k,v in options.items() for o in (f'--{k}', v)))
     assert done.returncode == 0 and 'all cells are finished' in done.stdout, done.stdout + done.stderr
 
 def test_the_help_names_all_variants(tmp_path):
