@@ -261,5 +261,5 @@ def test_a_training_without_accelerate(cifar, tmp_path):
 def test_the_help_names_all_variants(tmp_path):
     done = run_without_accelerate(tmp_path, 'from fastai_l2rw.studies.ham10000 import l2rw_ham10000\nl2rw_ham10000()', '--help')
     said = ' '.join(done.stdout.split()).replace('- ', '-') # argparse breaks lines at hyphens, too
-    assert f'default: {", ".join(default_schemes)}. Others are right labels alone,' in said
+    assert f'Schemes are {", ".join(default_schemes)}, and, for those who ask for them, right labels alone, reweighted + sampler,' in said
     for o in variants: assert o in said

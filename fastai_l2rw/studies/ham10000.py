@@ -19,7 +19,7 @@ from fastai.torch_core import default_device, num_distrib, rank_distrib, set_see
 from fastai.vision.core import imagenet_stats
 from fastai.vision.learner import TimmBody, create_body, create_head, default_split, model_meta
 from fastcore.foundation import L
-from fastcore.script import Param, call_parse, store_true
+from fastcore.script import call_parse, store_true
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 
@@ -200,12 +200,13 @@ def ham10000_report(
     if fig := plot_weights(final): save_figure(fig, folder/'weights')
 
 @call_parse
+@help_with_schemes
 def l2rw_ham10000(
     path:Path, # Folder of HAM10000, in Kaggle's layout or the challenge's
     test:Path=None, # Folder of the challenge's test set; default: a quarter of the lesions of HAM10000
     out:Path=Path('l2rw_ham10000'), # Folder of the results; a run that was interrupted goes on with the same command
     settings:str='', # Settings, with commas between them: clean, 'uniform 0.4'; default: all
-    schemes:Param(schemes_help, str)='', # Schemes, with commas between them; default: `default_schemes`
+    schemes:str='', # Schemes, with commas between them; default: those of the package and training on trusted images alone
     seeds:int=3, # Number of seeds of the final stage
     arch:str='resnet50', # Network: a name in torchvision or timm, or efficientnet_lite0, whose weights come in a package
     frozen:store_true=False, # Train a small head on the features of the frozen network?
