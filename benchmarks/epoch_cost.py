@@ -20,7 +20,7 @@ from fastai.vision.core import cifar_stats
 from fastcore.script import call_parse
 
 from fastai_l2rw.all import *
-from fastai_l2rw.report.cifar10 import report_cnn
+from fastai_l2rw.studies.cifar10 import report_cnn
 import fastai_l2rw.callback
 
 fastai_l2rw.callback._to_compare = lambda n: n == 0 # here each epoch is a fit of its own, and fits are long: those at 1, 4, 16, 64, ... take no share worth mentioning

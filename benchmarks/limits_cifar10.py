@@ -19,8 +19,8 @@ from torch.func import functional_call, grad, jvp
 
 from fastai_l2rw.all import *
 from fastai_l2rw.data.cifar10 import ShiftFlip
-from fastai_l2rw.experiments import fit_schedule, kept_dls, variant_parts, variants, versions
-from fastai_l2rw.report.cifar10 import _decode, report_cnn
+from fastai_l2rw.studies.training import fit_schedule, kept_dls, variant_parts, variants, versions
+from fastai_l2rw.studies.cifar10 import decoded_images, report_cnn
 from fastai_l2rw.robust import output_gradient_norms, relative_alignments
 
 cross_entropy = partial(F.cross_entropy, reduction='none')
@@ -43,7 +43,7 @@ def relative_to(model, x, y, trusted):
 def measure(path, name, seed, augment, lr, epochs):
     "What is to be known after a training by a scheme."
     df = cifar10_table(path, dominance=0.7, dominant='airplane', noise=0.4, subset=0.56, meta_per_class=5, valid_per_class=300, seed=seed)
-    images = _decode(df.path)
+    images = decoded_images(df.path)
     set_seed(seed)
     dls = kept_dls(df, images, 50, [IntToFloatTensor(), *([ShiftFlip()] if augment else []), Normalize.from_stats(*cifar_stats)])
     parts = variant_parts(variants[name], dls, dls[2].new(bs=50))

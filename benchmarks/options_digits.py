@@ -15,8 +15,8 @@ from fastcore.script import call_parse
 from torch import nn
 
 from fastai_l2rw.all import *
-from fastai_l2rw.demo import digits_data
-from fastai_l2rw.experiments import variant_parts, variants
+from fastai_l2rw.studies.demo import digits_data
+from fastai_l2rw.studies.training import variant_parts, variants
 
 class Shift(RandTransform):
     "Shift each image of a training batch by up to one pixel in each direction."

@@ -86,7 +86,7 @@ class MetaReweightCallback(Callback):
         "What the Learner calls it; a second one, which is refused when a fit begins, must not take the place of the first until then."
         return ('second_' if self.is_second else '') + super().name
 
-# %% ../nbs/11_callback.ipynb #349e32dc
+# %% ../nbs/11_callback.ipynb #0a7d596c
 def check_choices(
     **given, # For each argument, its value and those that are allowed
 ):
@@ -101,7 +101,7 @@ def check_whole_numbers(
     for name,(value,least) in given.items():
         if not isinstance(value, int) or value < least: raise ValueError(f'{name}={value!r} must be a whole number, {least} or more')
 
-# %% ../nbs/11_callback.ipynb #135092a0
+# %% ../nbs/11_callback.ipynb #9687d2f1
 @patch(as_prop=True)
 def learn(self:MetaReweightCallback):
     "The `Learner` that the callback belongs to, if any."
@@ -121,7 +121,7 @@ def learn(self:MetaReweightCallback, learn):
         learn.add_cbs(self.companions)
     vars(self)['_learner'] = learn
 
-# %% ../nbs/11_callback.ipynb #36e2be0a
+# %% ../nbs/11_callback.ipynb #05d788ed
 @patch
 def before_fit(self:MetaReweightCallback):
     "Name the columns of the progress table. Validation and prediction come through here too, and need no trusted loader."
@@ -156,7 +156,7 @@ def make_weigher(self:MetaReweightCallback,
     "How weights follow from alignments."
     return AlignmentWeigher(transforms_for(self.relative, self.smooth, self.margin), self.every)
 
-# %% ../nbs/11_callback.ipynb #d1aee1f3
+# %% ../nbs/11_callback.ipynb #a1ef1de2
 @patch
 def begin_step(self:MetaReweightCallback):
     "The batch and the learning rates are ready."
@@ -201,7 +201,7 @@ def after_fit(self:MetaReweightCallback):
     if self.announced: self.announced = False
     else: self.close()
 
-# %% ../nbs/11_callback.ipynb #6dd8b327
+# %% ../nbs/11_callback.ipynb #6a0aab9f
 @patch
 def close(self:MetaReweightCallback):
     "End the fit at hand, if there is one."
@@ -218,7 +218,7 @@ def closing_on_error(self:MetaReweightCallback):
         self.close()
         raise
 
-# %% ../nbs/11_callback.ipynb #98b43aee
+# %% ../nbs/11_callback.ipynb #106b396e
 @patch(as_prop=True)
 def step(self:MetaReweightCallback)->Step|None:
     "The training step at hand: its `weights`, `alignments`, `losses`, `items`, `meta_batch` and `route`; `None` if there is none."
@@ -237,7 +237,7 @@ def item_weights(self:MetaReweightCallback,
     if not self.record: raise ValueError('no weights have been recorded (record=False): train with record=True first')
     return self.record_of_items.item_weights(last)
 
-# %% ../nbs/11_callback.ipynb #424012b7
+# %% ../nbs/11_callback.ipynb #c732cbff
 class MetaWeightNetCallback(MetaReweightCallback):
     "Weigh each training example by a function of its loss, which is learned on trusted examples (Meta-Weight-Net, Shu et al. 2019, Algorithm 1)."
     def __init__(self,

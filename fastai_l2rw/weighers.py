@@ -70,7 +70,7 @@ def in_mean_units(
     size = alignments.abs().mean()
     return alignments/(size + (size == 0))
 
-# %% ../nbs/08_weighers.ipynb #a1aca4c0
+# %% ../nbs/08_weighers.ipynb #fd01e867
 class Relative:
     "Divides alignments by the length of the gradient at the output."
     def __call__(self,
@@ -148,7 +148,7 @@ def transforms_for(
     if margin: chain.append(Margin(margin))
     return chain
 
-# %% ../nbs/08_weighers.ipynb #2e88a86a
+# %% ../nbs/08_weighers.ipynb #5885c2f8
 class AlignmentWeigher:
     "Weights in proportion to positive alignments with the gradient on a trusted batch (Ren et al. 2018, Algorithm 1)."
     needs_losses = False # can the direction be known before the losses of the batch?
@@ -202,7 +202,7 @@ class AlignmentWeigher:
         for t in self.transforms:
             if resumed and hasattr(t, 'load'): t.load(state, n_items)
 
-# %% ../nbs/08_weighers.ipynb #19036b5f
+# %% ../nbs/08_weighers.ipynb #444a296a
 class LossWeigher:
     "Weights as a function of the loss, which is learned on trusted examples (Meta-Weight-Net, Shu et al. 2019, Algorithm 1)."
     needs_losses = True

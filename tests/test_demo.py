@@ -3,8 +3,8 @@ import subprocess, sys
 import numpy as np, pandas as pd, pytest
 from sklearn.datasets import load_digits
 
-from fastai_l2rw.demo import *
-from fastai_l2rw import demo
+from fastai_l2rw.studies.demo import *
+from fastai_l2rw.studies import demo
 
 clean = load_digits().target
 
@@ -60,7 +60,7 @@ def test_results_table():
     assert results_table(results[results.seed == 0], 0).loc['balanced accuracy', 'unweighted'] == '20.0'
 
 def command(*args, cwd):
-    code = 'import sys; from fastai_l2rw.demo import l2rw_demo; sys.argv[0] = "l2rw_demo"; l2rw_demo()'
+    code = 'import sys; from fastai_l2rw.studies.demo import l2rw_demo; sys.argv[0] = "l2rw_demo"; l2rw_demo()'
     script = cwd/'l2rw_demo'
     script.write_text(f'#!{sys.executable}\n{code}\n')
     return subprocess.run([sys.executable, str(script), *args], cwd=cwd, capture_output=True, text=True)

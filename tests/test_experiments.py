@@ -7,10 +7,10 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_scor
 from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 from torch import nn
 
-from fastai_l2rw.experiments import *
-from fastai_l2rw.grid import *
-from fastai_l2rw.grid import _seconds_left
-from fastai_l2rw import experiments
+from fastai_l2rw.studies.training import *
+from fastai_l2rw.studies.grids import *
+from fastai_l2rw.studies import training
+from fastai_l2rw.schemes import weighting_schemes
 from conftest import make_dls
 
 families = dict(dominance={'dominance 0.5': dict(dominance=0.5), 'dominance 0.9': dict(dominance=0.9)}, noise={'uniform 0.4': dict(uniform=0.4)})
@@ -163,7 +163,7 @@ def test_dry_run(tmp_path, capsys):
 
 def test_remaining_time():
     rows = [dict(cell=dict(scheme=s), result=dict(wall_seconds=t)) for s,t in (('a', 10.), ('a', 20.), ('b', 60.))]
-    assert _seconds_left(rows, [dict(scheme='a')]*2 + [dict(scheme='b')], 1) == 90 and _seconds_left(rows, [dict(scheme='c')], 2) == 15
+    assert seconds_left(rows, [dict(scheme='a')]*2 + [dict(scheme='b')], 1) == 90 and seconds_left(rows, [dict(scheme='c')], 2) == 15
 
 def test_no_search_without_a_choice(tmp_path):
     assert run_grid(make_grid_of(lrs=[0.3]), fake, tmp_path) == 0
@@ -349,15 +349,21 @@ def test_unknown_schedules():
 @pytest.mark.parametrize('every,epochs,expected', [(1, 3, [1, 2, 3]), (2, 5, [2, 4, 5]), (9, 2, [2])])
 def test_validations(every, epochs, expected, monkeypatch):
     "Validated every few epochs and after the last one; the best of these epochs is remembered."
-    seen,original = [],experiments.confusion_matrix
+    seen,original = [],training.confusion_matrix
     def spy(model, dl, n):
         seen.append(original(model, dl, n))
         return seen[-1]
-    monkeypatch.setattr(experiments, 'confusion_matrix', spy)
+    monkeypatch.setattr(training, 'confusion_matrix', spy)
     row,_ = train_digits('unweighted', every=every, epochs=epochs, lr=0.3)
     assert len(seen) == len(expected) + 1
     found = [scores(o)['balanced_accuracy'] for o in seen[:-1]]
     assert row['best_valid_balanced_accuracy'] == max(found) and row['best_epoch'] == expected[int(np.argmax(found))] and row['valid_balanced_accuracy'] == found[-1]
+
+def test_static_variants():
+    "Those with fixed weights, which need no trusted item and do not know what is right."
+    static = [o for o in variants if is_static(variants[o])]
+    assert static == ['unweighted', 'weighted sampler', 'inverse frequency', 'effective number', 'focal']
+    assert list(variants)[:len(weighting_schemes)] == list(weighting_schemes) and default_schemes == (*weighting_schemes, 'trusted alone')
 
 def test_trusted_alone():
     table = pd.DataFrame(dict(label=list('abcabcab'), part=['train']*5 + ['meta']*2 + ['valid']))

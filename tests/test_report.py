@@ -1,16 +1,16 @@
 "The report's experiments on small folders in the layouts of the real ones: what is read when, and what comes out."
-import json, shutil, warnings
+import json, shutil, subprocess, sys, warnings
 from pathlib import Path
 from urllib.error import URLError
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 
-from fastai_l2rw.experiments import *
-from fastai_l2rw.grid import *
-from fastai_l2rw.report import cifar10, ham10000
-from fastai_l2rw.report.cifar10 import *
-from fastai_l2rw.report.core import *
-from fastai_l2rw.report.ham10000 import *
+from fastai_l2rw.studies.training import *
+from fastai_l2rw.studies.grids import *
+from fastai_l2rw.studies import cifar10, ham10000
+from fastai_l2rw.studies.cifar10 import *
+from fastai_l2rw.studies.tables import *
+from fastai_l2rw.studies.ham10000 import *
 from test_data_cifar10 import make as make_cifar10
 from test_data_ham10000 import ids, make as make_ham10000, make_test, metadata
 
@@ -104,7 +104,8 @@ def test_settings_do_what_they_say(cifar, tmp_path):
     for family in cifar10_settings(human=True).values():
         for name,data in family.items():
             if 'aggregate' in name or data.get('tail', 1) > 34 or data.get('dominance', 0) > 0.7: continue # too few images here
-            table = cifar10._rows(str(cifar), str(tmp_path/'human.csv'), 0, 1., 2, 4, False, **{'kind' if k == 'human' else k: v for k,v in data.items()})
+            kwargs = {'kind' if k == 'human' else k: v for k,v in data.items()}
+            table = cifar10_rows(str(cifar), str(tmp_path/'human.csv'), 0, 1., 2, 4, False, **kwargs)
             train = table[table.part == 'train']
             counts = train.clean.value_counts()
             if 'dominance' in data: assert counts.idxmax() == 'airplane' and abs(counts.max()/len(train) - data['dominance']) < 0.05
@@ -222,3 +223,43 @@ def test_without_a_network(monkeypatch, tmp_path):
     monkeypatch.setattr(cifar10, 'untar_data', offline)
     with pytest.raises(SystemExit, match="--path is not given, and CIFAR-10 can't be downloaded .*no network"): l2rw_cifar10(out=tmp_path/'out')
     assert not (tmp_path/'out').exists()
+
+# --- as it is installed, without what only the tests have
+
+without_accelerate = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] == 'accelerate': raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+def run_without_accelerate(folder, code, *args):
+    script = folder/'script.py'
+    script.write_text(f'{without_accelerate}{code}\n')
+    return subprocess.run([sys.executable, str(script), *map(str, args)], cwd=folder, capture_output=True, text=True)
+
+@pytest.mark.parametrize('name', ['demo', 'cifar10', 'ham10000'])
+def test_commands_without_accelerate(tmp_path, name):
+    done = run_without_accelerate(tmp_path, f'from fastai_l2rw.studies.{name} import l2rw_{name}\nl2rw_{name}()', '--help')
+    assert done.returncode == 0 and '--epochs' in done.stdout, done.stderr
+
+def test_everything_can_be_imported_without_accelerate(tmp_path):
+    done = run_without_accelerate(tmp_path, """
+import importlib, pkgutil, fastai_l2rw
+for o in pkgutil.walk_packages(fastai_l2rw.__path__, 'fastai_l2rw.'): print(importlib.import_module(o.name).__name__)""")
+    assert done.returncode == 0, done.stderr
+    assert {'fastai_l2rw.all', 'fastai_l2rw.studies.training', 'fastai_l2rw.studies.ham10000'} <= set(done.stdout.split())
+
+def test_a_training_without_accelerate(cifar, tmp_path):
+    options = dict(path=cifar, settings='dominance 0.5', schemes='reweighted', seeds=1, epochs=1, lrs=0.01, bs=16, meta_per_class=2,
+        valid_per_class=4, device='cpu')
+    done = run_without_accelerate(tmp_path, 'from fastai_l2rw.studies.cifar10 import l2rw_cifar10\nl2rw_cifar10()',
+        *(o for k,v in options.items() for o in (f'--{k}', v)))
+    assert done.returncode == 0 and 'all cells are finished' in done.stdout, done.stdout + done.stderr
+
+def test_the_help_names_all_variants(tmp_path):
+    done = run_without_accelerate(tmp_path, 'from fastai_l2rw.studies.ham10000 import l2rw_ham10000\nl2rw_ham10000()', '--help')
+    said = ' '.join(done.stdout.split()).replace('- ', '-') # argparse breaks lines at hyphens, too
+    assert f'Schemes are {", ".join(default_schemes)}, and, for those who ask for them, right labels alone, reweighted + sampler,' in said
+    for o in variants: assert o in said

@@ -1,5 +1,5 @@
 "The other schemes: their weights against formulas, Meta-Weight-Net against autograd through its step."
-import warnings
+import inspect, warnings
 from copy import deepcopy
 
 import numpy as np, pandas as pd, pytest, torch
@@ -240,3 +240,43 @@ def test_what_a_scheme_gives():
     assert weighting_scheme('unweighted', dls) | dict(loss_func=None) == dict(dls=dls, loss_func=None, cbs=[])
     with pytest.raises(TypeError, match="scheme='inverse frequency' takes no further arguments, and got beta"): weighting_scheme('inverse frequency', dls, beta=0.5)
     with pytest.raises(ValueError, match='counts=.* must be numbers of items, 0 or more'): class_weights([-3, 5])
+
+# ---- the register
+
+def test_the_schemes_of_this_package():
+    by_class = 'weighted sampler','inverse frequency','effective number'
+    assert weighting_schemes == ('unweighted', *by_class, 'focal', 'reweighted', 'robust', 'meta-weight-net')
+    assert tuple(scheme_registry) == weighting_schemes and all(o.name == k for k,o in scheme_registry.items())
+    assert [k for k,o in scheme_registry.items() if o.learns] == ['reweighted', 'robust', 'meta-weight-net']
+    assert [k for k,o in scheme_registry.items() if o.replaces_loss] == ['inverse frequency', 'effective number', 'focal']
+    table = schemes_table()
+    assert tuple(table.index) == weighting_schemes
+    assert all(len(o) > 5 for column in ('source', 'what weighs') for o in table[column])
+    with pytest.raises(AttributeError): scheme_registry['focal'].learns = True
+
+@pytest.mark.parametrize('scheme', weighting_schemes)
+def test_an_unknown_option_is_named_with_its_scheme(scheme):
+    says = f"scheme='{scheme}' (takes no further arguments, and got gama|does not take gama, but only )"
+    with pytest.raises(TypeError, match=says): weighting_scheme(scheme, make_dls(), gama=1.)
+    with pytest.raises(TypeError, match=f"scheme='{scheme}' .* loss_func"): weighting_scheme(scheme, make_dls(), loss_func=None)
+
+@pytest.mark.parametrize('scheme,cls',
+    [('reweighted', MetaReweightCallback), ('robust', MetaReweightCallback), ('meta-weight-net', MetaWeightNetCallback)])
+def test_options_are_those_of_the_callback(scheme, cls):
+    assert scheme_registry[scheme].options == [o for o in inspect.signature(cls.__init__).parameters if o not in ('self', 'meta_dl')]
+
+def test_a_scheme_of_ones_own():
+    try:
+        @register_scheme('mine', learns=False, source='this test')
+        def mine(dls, loss_func, meta_dl, **kwargs): return dict(dls=dls, loss_func=(loss_func, meta_dl, kwargs), cbs=[])
+        dls = make_dls()
+        loss_func,meta_dl,kwargs = weighting_scheme('mine', dls, 'trusted', any_option=1)['loss_func']
+        assert isinstance(loss_func, CrossEntropyLossFlat) and meta_dl == 'trusted' and kwargs == dict(any_option=1)
+        with pytest.raises(ValueError, match="scheme='none' is unknown: use one of 'unweighted', .*, 'mine'"): weighting_scheme('none', dls)
+        says = "name='mine' is registered already, for .*mine: choose another name"
+        with pytest.raises(ValueError, match=says): register_scheme('mine', True, '')(mine)
+        assert scheme_registry['mine'].source == 'this test', 'the first one stays'
+    finally: scheme_registry.pop('mine', None)
+    with pytest.raises(TypeError, match='takes meta_dl, dls first, but a scheme must take dls, loss_func and meta_dl'):
+        register_scheme('other', False, '')(lambda meta_dl, dls: {})
+    assert 'other' not in scheme_registry
