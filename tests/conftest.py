@@ -1,6 +1,7 @@
 "Small real data and Learners for the tests: the handwritten digits that scikit-learn ships."
 import random, warnings
 from copy import deepcopy
+from types import SimpleNamespace
 import pytest, torch
 from fastai.basics import Callback, CategoryBlock, DataBlock, Learner, TransformBlock, accuracy, noop, params, set_seed
 from fastai.callback.all import ProgressCallback
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader as TorchLoader, TensorDataset
 from sklearn.datasets import load_digits
 
-from fastai_l2rw.all import normalise, rectify, unrolled_weights
+from fastai_l2rw.all import MetaReweightCallback, normalise, rectify, unrolled_weights
 
 torch.set_num_threads(1) # threads are no gain for tensors this small, and a loss on a busy machine
 
@@ -66,7 +67,7 @@ class Oracle(Callback):
     def before_batch(self):
         cb = self.learn.meta_reweight
         model = getattr(self.model, 'module', self.model)
-        batch,meta_batch = [[[o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in part] for part in b] for b in ((self.xb, self.yb), cb.step.meta_batch)]
+        batch,meta_batch = [[[o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in part] for part in b] for b in (cb.step.batch, cb.step.meta_batch)]
         lrs = {p: h['lr'] for ps,h in zip(self.opt.param_lists, self.opt.hypers) for p in ps}
         rates = {k: lrs[p] for k,p in model.named_parameters() if p.requires_grad}
         with warnings.catch_warnings():
@@ -78,6 +79,14 @@ class Oracle(Callback):
         self.compared += 1
         self.positive += (got > 0).sum().item()
         self.varied += len(got.unique()) > 1
+
+class Seen(Callback):
+    "Keeps what can be read of each training step."
+    order,run_valid = 300,False
+    def before_fit(self): self.steps = []
+    def after_loss(self):
+        cb = next(cb for cb in self.learn.cbs if isinstance(cb, MetaReweightCallback))
+        if cb.step is not None: self.steps.append(SimpleNamespace(**{k: getattr(cb.step, k) for k in ('weights','alignments','items','meta_batch','route','epoch')}))
 
 def dot_products(model, loss_func, batch, meta_batch, params, step_size):
     "Weights by one ordinary backward pass for each example; for models of which PyTorch has no second derivative, and without randomness."

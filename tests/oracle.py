@@ -18,8 +18,7 @@ MARKED = 7,12 # batches of an epoch of 20 in which a model does something rare: 
 
 def shown(cb):
     "The weights of the step at hand, and the trusted batch that they come from."
-    if step := getattr(cb, 'step', None): return step.weights,step.meta_batch
-    return cb._example_weights,cb._meta_batch # to be removed: what version 0.1.0 had before `cb.step`
+    return cb.step.weights,cb.step.meta_batch
 
 # ---- random streams
 

@@ -12,11 +12,11 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-import fastai_l2rw.callback
+from fastai_l2rw.engines.routes import Engine
+from fastai_l2rw.fit import Fit
 from fastai_l2rw.all import *
-from fastai_l2rw.callback import _WeighBatch
 from fastai_l2rw.lookahead import virtual_step
-from conftest import tensors, unwatched
+from conftest import Seen, tensors
 
 def torch_opt(name, **kwargs): return partial(OptimWrapper, opt=getattr(torch.optim, name), **kwargs)
 
@@ -105,7 +105,7 @@ def per_item(out, y): return F.cross_entropy(out, y, reduction='none')
 
 class Literal(Callback):
     "Computes the weights of each step by differentiating through the optimizer's step, written as a formula."
-    order,run_valid = _WeighBatch.order + 1,False
+    order,run_valid = 10001,False
     def __init__(self, formula): self.formula = formula
     def before_fit(self): self.compared = self.differs = 0
     def before_batch(self):
@@ -114,14 +114,13 @@ class Literal(Callback):
         state = getattr(self.opt, 'opt', self.opt).state
         params = {k: p for k,p in self.model.named_parameters() if p.requires_grad}
         leaves = {k: p.detach().clone().requires_grad_() for k,p in params.items()}
-        with unwatched(self.model): losses = per_item(functional_call(self.model, leaves, tuple(self.xb)), *self.yb)
+        losses = per_item(functional_call(self.model, leaves, tuple(self.xb)), *self.yb)
         epsilon = torch.zeros_like(losses, requires_grad=True)
         gradient = torch.autograd.grad((epsilon*losses).sum(), list(leaves.values()), create_graph=True)
         ahead = {k: self.formula(leaves[k].detach(), g, state.get(p, {}), hypers[p]) for (k,p),g in zip(params.items(), gradient)}
-        (xm,),(ym,) = cb._meta_batch
-        with unwatched(self.model):
-            u = -torch.autograd.grad(per_item(functional_call(self.model, ahead, xm), ym).mean(), epsilon)[0]
-            self.plain = example_weights(self.model, per_item, (self.xb, self.yb), cb._meta_batch, list(params), {k: hypers[p]['lr'] for k,p in params.items()})
+        (xm,),(ym,) = cb.step.meta_batch
+        u = -torch.autograd.grad(per_item(functional_call(self.model, ahead, xm), ym).mean(), epsilon)[0]
+        self.plain = example_weights(self.model, per_item, (self.xb, self.yb), cb.step.meta_batch, list(params), {k: hypers[p]['lr'] for k,p in params.items()})
         self.expected = normalise(rectify(u))
     def after_loss(self):
         got = self.learn.meta_reweight.step.weights
@@ -150,21 +149,21 @@ def test_weights_in_a_fit(name, frozen, tmp_path):
 
 def test_sgd_is_the_default_and_the_same_for_plain_sgd(tmp_path):
     def weights(**kwargs):
-        learn = learner(fo.SGD, tmp_path, [cb := MetaReweightCallback(**kwargs)])
+        learn = learner(fo.SGD, tmp_path, [MetaReweightCallback(**kwargs), seen := Seen()])
         learn.fit(2, 0.1)
-        return torch.cat([w for _,_,w in cb._weight_log])
+        return torch.cat([o.weights for o in seen.steps])
     torch.testing.assert_close(weights(lookahead='opt'), weights(), rtol=1e-6, atol=1e-9)
 
 def test_every_pulls_an_old_gradient_back_through_the_new_state(tmp_path, monkeypatch):
     gradients,directions = [],[]
-    original,aligned = meta_gradient,alignment
-    monkeypatch.setattr(fastai_l2rw.callback, 'meta_gradient', lambda *args: (gradients.append(original(*args)), gradients[-1])[1])
-    monkeypatch.setattr(fastai_l2rw.callback, 'alignment', lambda m, f, b, v, *more: (directions.append(v), aligned(m, f, b, v, *more))[1])
+    original,aligned = Fit.meta_gradient,Engine.before_pass
+    monkeypatch.setattr(Fit, 'meta_gradient', lambda *args: (gradients.append(original(*args)), gradients[-1])[1])
+    monkeypatch.setattr(Engine, 'before_pass', lambda e, m, p, b, v, *more, **kw: (directions.append(v), aligned(e, m, p, b, v, *more, **kw))[1])
     learn = learner(fo.Adam, tmp_path, [cb := MetaReweightCallback(lookahead='opt', every=2, engine='forward')])
     pulled = []
-    def expect(self): pulled.append(virtual_step(self.opt, dict(self.model.named_parameters()))[1](gradients[(self.iter + 1)//2 + 2*self.epoch - (self.iter == 1)][0]))
+    def expect(self): pulled.append(virtual_step(self.opt, dict(self.model.named_parameters()))[1](gradients[(self.iter + 1)//2 + 2*self.epoch - (self.iter == 1)]))
     learn.add_cb(Callback(before_batch=lambda self: expect(self) if self.training else None))
-    learn.cbs[-1].order = _WeighBatch.order + 1
+    learn.cbs[-1].order = 10001
     learn.fit(2, 0.01)
     assert len(gradients) == 4 and len(directions) == 6, 'three steps per epoch, the third with a new gradient'
     for v,w in zip(directions, pulled, strict=True):
@@ -174,18 +173,18 @@ def test_every_pulls_an_old_gradient_back_through_the_new_state(tmp_path, monkey
 def test_with_gradient_accumulation(tmp_path, opt_func):
     "The step that is looked ahead along has what has been gathered by then."
     class Compare(Callback):
-        order,run_valid = _WeighBatch.order + 1,False
+        order,run_valid = 10001,False
         def before_batch(self):
             cb = self.learn.meta_reweight
             params = dict(self.model.named_parameters())
             gathered = {k: torch.zeros_like(p) if p.grad is None else p.grad for k,p in params.items()}
             self.learn.with_gradient += any(g.any() for g in gathered.values())
-            (xm,),(ym,) = cb._meta_batch
+            (xm,),(ym,) = cb.step.meta_batch
             def meta_loss(i, h): # along the gradient of item i
                 g = torch.autograd.grad(per_item(self.model(*self.xb), *self.yb)[i], list(params.values()))
                 ahead = stepped(self.opt, params, {k: gathered[k] + h*o for k,o in zip(params, g)})
                 return per_item(functional_call(self.model, ahead, xm), ym).mean().detach()
-            with unwatched(self.model): u = torch.stack([-(meta_loss(i, 1e-7) - meta_loss(i, -1e-7))/2e-7 for i in range(8)])
+            u = torch.stack([-(meta_loss(i, 1e-7) - meta_loss(i, -1e-7))/2e-7 for i in range(8)])
             self.expected = normalise(rectify(u))
         def after_loss(self): torch.testing.assert_close(self.learn.meta_reweight.step.weights, self.expected, rtol=2e-3, atol=1e-5)
     learn = learner(opt_func, tmp_path, [MetaReweightCallback(lookahead='opt'), GradientAccumulation(16), Compare()])
@@ -263,8 +262,8 @@ def test_optimizers_without_a_derivative(make, message, tmp_path):
 
 def test_a_learning_rate_of_zero_is_no_fault(tmp_path):
     "As at the start of a warm-up: nothing can be learned in such a step, so all weights are zero."
-    learn = learner(fo.Adam, tmp_path, [cb := MetaReweightCallback(lookahead='opt'), ParamScheduler({'lr': SchedLin(0., 0.1)})])
+    learn = learner(fo.Adam, tmp_path, [MetaReweightCallback(lookahead='opt'), seen := Seen(), ParamScheduler({'lr': SchedLin(0., 0.1)})])
     learn.fit(2)
-    weights = [w for _,_,w in cb._weight_log]
+    weights = [o.weights for o in seen.steps]
     assert not weights[0].any() and all(w.any() for w in weights[1:])
     learn.fit(1, lr=0.)

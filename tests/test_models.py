@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader as TorchLoader, TensorDataset
 from torchvision import models as tv
 
 from fastai_l2rw.all import *
-from conftest import Oracle, dot_products, tensors
+from conftest import Oracle, Seen, dot_products, tensors
 
 def per_item(out, y): return F.cross_entropy(out, y.long().squeeze(1) if y.shape[1:] == (1,) else y.long(), reduction='none')
 
@@ -178,7 +178,7 @@ def test_weights_in_a_fit(name, engine, tmp_path):
 class Agreed(Callback):
     run_valid = False
     def before_fit(self): self.agreed = []
-    def after_loss(self): self.agreed.append(self.learn.meta_reweight._agrees)
+    def after_loss(self): self.agreed.append(self.learn.meta_reweight.step.route == 'own pass')
 
 def text_losses(out, y):
     pred = out[0]
@@ -203,6 +203,7 @@ def test_meta_weight_net_trains(name, tmp_path):
     learn.remove_cbs(ProgressCallback)
     with warnings.catch_warnings():
         warnings.filterwarnings('error', module='fastai_l2rw')
-        learn.fit(1, 1e-3, cbs=[cb := MetaWeightNetCallback(net_lr=0.1)])
-    assert len(cb._weight_log) >= 2 and all(p.isfinite().all() for p in learn.model.parameters())
-    assert all(abs(w.mean() - 1) < 1e-4 and w.std() > 0 for _,_,w in cb._weight_log)
+        learn.fit(1, 1e-3, cbs=[MetaWeightNetCallback(net_lr=0.1), seen := Seen()])
+    weights = [o.weights for o in seen.steps]
+    assert len(weights) >= 2 and all(p.isfinite().all() for p in learn.model.parameters())
+    assert all(abs(w.sum() - 1) < 1e-4 and w.std() > 0 for w in weights)

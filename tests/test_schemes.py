@@ -31,10 +31,10 @@ class Literal(Callback):
         cb.weight_net.double()
         self.net = deepcopy(cb.weight_net)
         self.net_opt = torch.optim.AdamW(self.net.parameters(), lr=cb.net_lr, weight_decay=cb.net_wd)
-        self.net_opt.load_state_dict(deepcopy(cb._net_opt.state_dict()))
+        self.net_opt.load_state_dict(deepcopy(cb.weigher.optimizer.state_dict()))
         self.params = {k: p.detach().clone() for k,p in self.model.named_parameters()}
         self.rates = {k: h['lr'] for ps,h in zip(self.opt.param_lists, self.opt.hypers) for p in ps for k,q in self.model.named_parameters() if p is q}
-    def after_pred(self):
+    def after_loss(self):
         cb = self.learn.meta_weight_net
         def weights(losses):
             v = self.net(losses.detach()[:, None])[:, 0]
@@ -44,17 +44,17 @@ class Literal(Callback):
         losses = per_item(functional_call(model, leaves, tuple(self.xb)), *self.yb)
         gradient = torch.autograd.grad((weights(losses)*losses).sum(), list(leaves.values()), create_graph=True)
         ahead = {k: p - self.rates[k]*g for (k,p),g in zip(leaves.items(), gradient)}
-        (xm,),(ym,) = cb._meta_batch
+        (xm,),(ym,) = cb.step.meta_batch
         self.net_opt.zero_grad()
         per_item(functional_call(model, ahead, xm), ym).mean().backward(inputs=list(self.net.parameters()))
         self.net_opt.step()
         for a,b in zip(cb.weight_net.parameters(), self.net.parameters(), strict=True): torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
         scale = len(losses) if self.loss_func.reduction == 'sum' else 1
-        torch.testing.assert_close(cb._example_weights*scale, weights(losses), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(cb.step.weights*scale, weights(losses), rtol=1e-6, atol=1e-9)
         self.compared += 1
 
 @pytest.mark.parametrize('normalised', [True, False])
-@pytest.mark.parametrize('engine', ['forward', 'reverse'])
+@pytest.mark.parametrize('engine', ['auto', 'forward', 'reverse'])
 @pytest.mark.parametrize('lookahead,reduction', [('sgd', 'mean'), ('opt', 'mean'), ('sgd', 'sum')])
 def test_meta_weight_net_equals_the_paper(tmp_path, normalised, engine, lookahead, reduction):
     set_seed(0)
@@ -110,7 +110,7 @@ def test_searching_a_learning_rate_leaves_the_weight_net(make_learner):
     plain = make_learner(MetaWeightNetCallback())
     before = net_of(learn)
     learn.lr_find(show_plot=False, num_it=8)
-    assert same(before, net_of(learn)) and len(learn.meta_weight_net._net_opt.state) == 4
+    assert same(before, net_of(learn)) and len(learn.meta_weight_net.weigher.optimizer.state) == 4
     learn.fit(1)
     assert not same(before, net_of(learn))
 
@@ -150,8 +150,7 @@ def test_no_warning_for_models_with_an_attribute_net(make_learner):
 
 def test_weight_of_takes_what_one_plots():
     cb = MetaWeightNetCallback()
-    cb._seed,cb.__dict__['_device'] = 0,lambda: torch.device('cpu')
-    cb._make_net()
+    cb.weigher.prepare(torch.device('cpu'), 0)
     assert cb.weight_of(torch.linspace(0, 5, 7)).numpy().shape == (7,) and 0 < cb.weight_of(1.5) < 1
 
 # ---- weights of classes

@@ -5,9 +5,9 @@ from fastai.callback.all import CutMix, GradientAccumulation, GradientClip, MixU
 from fastai.losses import CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat
 from torch import nn
 
-import fastai_l2rw.callback
+import fastai_l2rw.weighers
 from fastai_l2rw.all import *
-from conftest import Augment, Oracle, cnn, make_dls
+from conftest import Augment, Oracle, Seen, cnn, make_dls
 
 class Rows(nn.Module):
     "A CNN without batch norm that notes how many rows it is given with gradients on."
@@ -30,12 +30,6 @@ class Noting(Callback):
     def after_batch(self):
         if self.training: self.after.append((len(self.x), len(self.pred), len(self.y)))
         if self.training: self.weights.append(self.learn.meta_reweight.step.weights)
-
-class Whole(Callback):
-    "Shows the whole batch to the oracle."
-    order,run_valid = fastai_l2rw.callback._WeighBatch.order + 0.5,False
-    def before_batch(self): self.rows,self.learn.xb,self.learn.yb,_ = self.learn.meta_reweight._whole
-    def after_pred(self): self.learn.pred,self.learn.yb = self.pred[self.rows],(self.y[self.rows],)
 
 def fit(skip, tmp_path, *cbs, epochs=2, loss_func=None, train_metrics=False, make_model=Rows, **kwargs):
     dls = make_dls(batch_tfms=Augment())
@@ -84,16 +78,16 @@ def test_the_same_parameters_and_figures(tmp_path, case):
     assert left.noting.at_pred == [(k, k, k) for k in positive] and set(left.noting.after) == {(16, 16, 16)}
 
 def test_weights_are_those_of_the_oracle(make_learner):
-    learn = make_learner([MetaReweightCallback(skip_zeros=True), Whole(), oracle := Oracle(nn.CrossEntropyLoss(reduction='none'))], model=Rows())
+    learn = make_learner([MetaReweightCallback(skip_zeros=True), Seen(), oracle := Oracle(nn.CrossEntropyLoss(reduction='none'))], model=Rows())
     learn.fit(1)
-    assert oracle.compared == len(learn.dls.train) and oracle.varied and all(len(w) == 16 for _,_,w in learn.meta_reweight._weight_log)
+    assert oracle.compared == len(learn.dls.train) and oracle.varied and all(len(o.weights) == 16 for o in learn.seen.steps)
 
 @pytest.mark.parametrize('helping', [0, 1])
 @pytest.mark.parametrize('on_zero', ['skip', 'uniform'])
 def test_few_or_none_help(tmp_path, monkeypatch, helping, on_zero):
     "Weight decay and momentum still move the parameters."
     def few(u): return torch.where(torch.arange(len(u)) < helping, 1., 0.)
-    monkeypatch.setattr(fastai_l2rw.callback, 'rectify', few)
+    monkeypatch.setattr(fastai_l2rw.weighers, 'rectify', few)
     whole,left = [fit(skip, tmp_path, on_zero=on_zero) for skip in (False, True)]
     assert_same(whole, left)
     assert set(left.model.seen) == ({16} if helping == 0 and on_zero == 'uniform' else {2})
@@ -128,4 +122,4 @@ def test_an_error_leaves_a_usable_learner(tmp_path, event):
         with pytest.raises(RuntimeError, match='stop'):
             with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=cb)
         with learn.no_bar(), learn.no_logging(): learn.fit(1)
-        assert isinstance(learn.loss_func, CrossEntropyLossFlat) and learn.meta_reweight._whole is None
+        assert isinstance(learn.loss_func, CrossEntropyLossFlat) and learn.meta_reweight.this_fit is None

@@ -29,6 +29,7 @@ from fastprogress.fastprogress import progress_bar
 from .core import *
 from .core import listed, with_meta_in_train
 from .folders import *
+from ..ledger import tells_items
 from .folders import image_files, image_problems, only_usable, raise_problems
 
 # %% ../../nbs/22_data.cifar10.ipynb #1524f23c
@@ -189,6 +190,7 @@ class DecodedDL(TfmdDL):
         **kwargs
     ): super().__init__(dataset, bs=bs, num_workers=num_workers, **kwargs)
 
+    @tells_items
     def create_batches(self, samps):
         if not hasattr(self, '_kept'): self._kept = self._find_kept()
         if self._kept is None or self.prebatched: yield from super().create_batches(samps)

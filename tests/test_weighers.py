@@ -94,27 +94,30 @@ def test_resumed_fit_goes_on_with_the_means(make_learner):
 
 def test_each_fit_begins_anew_and_lr_find_leaves_nothing(make_learner):
     learn = make_learner(MetaReweightCallback(smooth=0.9), model=cnn(bn=False, p=0.))
-    learn.fit(2, 0.)
-    visits = learn.meta_reweight._running.visits
-    assert visits.sum() == 2*len(learn.dls.train)*16
-    learn.fit(1, 0.)
-    assert learn.meta_reweight._running.visits.max() == 1
+    visits = []
+    def look(self):
+        if self.training: visits.append(self.meta_reweight.this_fit.weigher.transforms[0].running.visits.clone())
+    learn.fit(2, 0., cbs=Callback(after_batch=look))
+    assert visits[-1].sum() == 2*len(learn.dls.train)*16
+    learn.lr_find(show_plot=False, num_it=8)
+    learn.fit(1, 0., cbs=Callback(after_batch=look))
+    assert visits[-1].max() == 1
 
 def test_a_prediction_in_between_forgets_nothing(make_learner):
     class Predict(Callback):
         run_valid = False
         def after_batch(self):
-            if self.iter == 0: self.learn.meta_reweight._seen = self.learn.meta_reweight._running.visits.sum().item()
+            if self.iter == 0: self.learn.visits = self.learn.meta_reweight.this_fit.weigher.transforms[0].running.visits.sum().item()
         def after_train(self): self.learn.get_preds(dl=self.dls.valid)
     learn = make_learner(MetaReweightCallback(smooth=0.9), model=cnn(bn=False, p=0.))
     learn.fit(3, 1e-3, cbs=Predict())
-    assert learn.meta_reweight._seen == (2*len(learn.dls.train) + 1)*16
+    assert learn.visits == (2*len(learn.dls.train) + 1)*16
 
 def test_what_cannot_be_smoothed(make_learner):
     data = tensors(images[train], torch.tensor(labels)[train])
     learn = make_learner(MetaReweightCallback(data, smooth=0.9), dls=DataLoaders(data, data))
     before = deepcopy(learn.model.state_dict())
-    with pytest.raises(ValueError, match='smooth=0.9 needs to know which items are in a batch, and the training loader, .*, does not tell'): learn.fit(1)
+    with pytest.raises(ValueError, match='smooth=0.9 needs to know which items are in a batch, and the training loader, .* does not tell'): learn.fit(1)
     for k,v in learn.model.state_dict().items(): torch.testing.assert_close(v, before[k], rtol=0, atol=0)
 
 @pytest.mark.parametrize('name,value,right', [('smooth', 1., 'from 0 to below 1'), ('smooth', -0.1, 'from 0 to below 1'), ('margin', -0.5, '0 or more')])
