@@ -6,7 +6,7 @@
 __all__ = ['MetaReweightCallback', 'check_choices', 'check_whole_numbers', 'MetaWeightNetCallback']
 
 # %% ../nbs/11_callback.ipynb #c8a61d74
-import weakref
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from copy import deepcopy
@@ -18,6 +18,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import Recorder
 from fastai.torch_core import one_param
 from fastcore.basics import patch, store_attr
+from fastcore.foundation import L
 
 from .engines.passes import derived_seed
 from .engines.routes import Engine
@@ -48,7 +49,7 @@ class MetaReweightCallback(Callback):
     remove_on_fetch = True # as the Recorder, whose log it adds to
     _stateattrs = ('meta_dl','this_fit') # none of it is exported
     meta_dl = this_fit = None
-    announced,is_second = False,False
+    announced = False
 
     def __init__(self,
         meta_dl:DataLoader|torch.utils.data.DataLoader|Iterable|None=None, # Loader of trusted, labelled batches; default: the third of `learn.dls`
@@ -81,12 +82,7 @@ class MetaReweightCallback(Callback):
         self.record_of_items = ItemLedger(self)
         self.companions = _BeforePass(self),_AfterLoss(self),self.record_of_items
 
-    @property
-    def name(self)->str:
-        "What the Learner calls it; a second one, which is refused when a fit begins, must not take the place of the first until then."
-        return ('second_' if self.is_second else '') + super().name
-
-# %% ../nbs/11_callback.ipynb #0a7d596c
+# %% ../nbs/11_callback.ipynb #c06d1238
 def check_choices(
     **given, # For each argument, its value and those that are allowed
 ):
@@ -101,7 +97,7 @@ def check_whole_numbers(
     for name,(value,least) in given.items():
         if not isinstance(value, int) or value < least: raise ValueError(f'{name}={value!r} must be a whole number, {least} or more')
 
-# %% ../nbs/11_callback.ipynb #9687d2f1
+# %% ../nbs/11_callback.ipynb #746d08fd
 @patch(as_prop=True)
 def learn(self:MetaReweightCallback):
     "The `Learner` that the callback belongs to, if any."
@@ -110,22 +106,29 @@ def learn(self:MetaReweightCallback):
 @patch(set_prop=True)
 def learn(self:MetaReweightCallback, learn):
     before = self.learn
+    if learn is not None: self.refuse_second(learn)
     if before is not None and learn not in (None, before): before.remove_cb(self)
     if before is not None and learn is None and self.this_fit is None and before.opt is not None: Checkpoint(before.opt).clear()
     for each in filter(None, {before, learn}):
         for cb in self.companions:
             while cb in each.cbs: each.remove_cb(cb)
     if learn is not None:
-        self.is_second = any(isinstance(cb, MetaReweightCallback) and cb is not self for cb in learn.cbs)
         if self.this_fit is not None and self.this_fit.learn is not learn: self.close()
         learn.add_cbs(self.companions)
     vars(self)['_learner'] = learn
+@patch
+def refuse_second(self:MetaReweightCallback, learn):
+    "Raise `ValueError` if `learn` has another one; if that has just come with the same call, as in `fit(cbs=[...])`, take it away again."
+    for cb in [cb for cb in learn.cbs if isinstance(cb, MetaReweightCallback) and cb is not self]:
+        frame = sys._getframe()
+        while frame is not None and frame.f_code.co_name != 'add_cbs': frame = frame.f_back
+        if frame is not None and any(o is cb for o in L(frame.f_locals.get('cbs'))): learn.remove_cb(cb)
+        raise ValueError('learn has a MetaReweightCallback already: take it away first, with learn.remove_cbs(MetaReweightCallback)')
 
-# %% ../nbs/11_callback.ipynb #05d788ed
+# %% ../nbs/11_callback.ipynb #683c2a79
 @patch
 def before_fit(self:MetaReweightCallback):
     "Name the columns of the progress table. Validation and prediction come through here too, and need no trusted loader."
-    if self.is_second: raise ValueError('learn has a MetaReweightCallback already: take it away first, with learn.remove_cbs(MetaReweightCallback)')
     LearnerLosses(self.learn).unmix()
     self.announced,self.next_seed = True,derived_seed(one_param(self.learn.model).device)
     if not hasattr(self.learn, 'recorder'): return
@@ -156,7 +159,7 @@ def make_weigher(self:MetaReweightCallback,
     "How weights follow from alignments."
     return AlignmentWeigher(transforms_for(self.relative, self.smooth, self.margin), self.every)
 
-# %% ../nbs/11_callback.ipynb #a1ef1de2
+# %% ../nbs/11_callback.ipynb #a3cd023e
 @patch
 def begin_step(self:MetaReweightCallback):
     "The batch and the learning rates are ready."
@@ -201,7 +204,7 @@ def after_fit(self:MetaReweightCallback):
     if self.announced: self.announced = False
     else: self.close()
 
-# %% ../nbs/11_callback.ipynb #6a0aab9f
+# %% ../nbs/11_callback.ipynb #92679f15
 @patch
 def close(self:MetaReweightCallback):
     "End the fit at hand, if there is one."
@@ -218,7 +221,7 @@ def closing_on_error(self:MetaReweightCallback):
         self.close()
         raise
 
-# %% ../nbs/11_callback.ipynb #106b396e
+# %% ../nbs/11_callback.ipynb #ba4068f5
 @patch(as_prop=True)
 def step(self:MetaReweightCallback)->Step|None:
     "The training step at hand: its `weights`, `alignments`, `losses`, `items`, `meta_batch` and `route`; `None` if there is none."
@@ -237,7 +240,7 @@ def item_weights(self:MetaReweightCallback,
     if not self.record: raise ValueError('no weights have been recorded (record=False): train with record=True first')
     return self.record_of_items.item_weights(last)
 
-# %% ../nbs/11_callback.ipynb #c732cbff
+# %% ../nbs/11_callback.ipynb #f881c4f4
 class MetaWeightNetCallback(MetaReweightCallback):
     "Weigh each training example by a function of its loss, which is learned on trusted examples (Meta-Weight-Net, Shu et al. 2019, Algorithm 1)."
     def __init__(self,

@@ -29,7 +29,7 @@ class Noting(Callback):
         self.model.noting = False
     def after_batch(self):
         if self.training: self.after.append((len(self.x), len(self.pred), len(self.y)))
-        if self.training: self.weights.append(self.learn.meta_reweight.step.weights)
+        if self.training: self.weights.append((step := self.learn.meta_reweight.step) and step.weights)
 
 def fit(skip, tmp_path, *cbs, epochs=2, loss_func=None, train_metrics=False, make_model=Rows, **kwargs):
     dls = make_dls(batch_tfms=Augment())

@@ -5,7 +5,7 @@ from fastai.basics import Callback, CancelFitException, DataLoaders, Learner, SG
 from fastai.callback.all import MixUp, SaveModelCallback
 from torch import nn
 
-from conftest import Oracle, cnn, images, labels, make_dls, split, tensors, train
+from conftest import Oracle, cnn, images, labels, make_dls, meta, split, tensors, train
 from fastai_l2rw.all import MetaReweightCallback, weighted_sampler, weighting_scheme
 
 cross_entropy = nn.CrossEntropyLoss(reduction='none')
@@ -114,8 +114,8 @@ def test_a_prediction_in_between_forgets_nothing(make_learner):
     assert learn.visits == (2*len(learn.dls.train) + 1)*16
 
 def test_what_cannot_be_smoothed(make_learner):
-    data = tensors(images[train], torch.tensor(labels)[train])
-    learn = make_learner(MetaReweightCallback(data, smooth=0.9), dls=DataLoaders(data, data))
+    data,trusted = [tensors(images[items], torch.tensor(labels)[items]) for items in (train, meta)]
+    learn = make_learner(MetaReweightCallback(trusted, smooth=0.9), dls=DataLoaders(data, data))
     before = deepcopy(learn.model.state_dict())
     with pytest.raises(ValueError, match='smooth=0.9 needs to know which items are in a batch, and the training loader, .* does not tell'): learn.fit(1)
     for k,v in learn.model.state_dict().items(): torch.testing.assert_close(v, before[k], rtol=0, atol=0)

@@ -8,7 +8,7 @@ __all__ = ['random_generators', 'random_states', 'set_random_states', 'forked_ra
            'recurrent_layers', 'plain_kernels', 'own_attention', 'virtual_pass', 'run', 'find_traces', 'as_tuple',
            'batch_size']
 
-# %% ../../nbs/02_engines.passes.ipynb #2f21d411
+# %% ../../nbs/02_engines.passes.ipynb #c25d0c76
 import random, zlib
 from collections import deque
 from contextlib import contextmanager, nullcontext
@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-# %% ../../nbs/02_engines.passes.ipynb #654b0480
+# %% ../../nbs/02_engines.passes.ipynb #19f30147
 def random_generators(
     device:str|torch.device, # Device of a model
 )->list: # PyTorch's random generators that a pass there may draw from
@@ -49,7 +49,7 @@ def set_random_states(
     random.setstate(states[1])
     np.random.set_state(states[2])
 
-# %% ../../nbs/02_engines.passes.ipynb #ba568454
+# %% ../../nbs/02_engines.passes.ipynb #f8bc17ef
 @contextmanager
 def forked_random(
     device:str|torch.device='cpu', # Device whose random stream is forked, beside the CPU's
@@ -73,7 +73,7 @@ def derived_seed(
     "A seed for a fork that follows from where PyTorch's random streams stand, without moving them."
     return zlib.crc32(b''.join(g.get_state().numpy().tobytes() for g in random_generators(device)))
 
-# %% ../../nbs/02_engines.passes.ipynb #0e5d61c1
+# %% ../../nbs/02_engines.passes.ipynb #d40240bb
 @contextmanager
 def watched_functions(
     watch, # Is given the `torch.autograd.Function`, its arguments and its keyword arguments, and gives arguments and keyword arguments
@@ -87,7 +87,7 @@ def watched_functions(
     try: yield
     finally: torch.autograd.Function.apply = original
 
-# %% ../../nbs/02_engines.passes.ipynb #1e818c4a
+# %% ../../nbs/02_engines.passes.ipynb #7a8c2cfe
 def replaced(
     x, # A tensor, something else, or both in lists, tuples and dictionaries
     replace, # Gives a tensor, or something else, for a tensor
@@ -141,7 +141,7 @@ class Exchange(TorchFunctionMode):
         super().__exit__(*error)
         self.watching.__exit__(*error)
 
-# %% ../../nbs/02_engines.passes.ipynb #c3193ef3
+# %% ../../nbs/02_engines.passes.ipynb #64ed2084
 def gradients(
     outputs:list, # Tensors to differentiate
     inputs:list, # Tensors to differentiate with respect to
@@ -158,7 +158,7 @@ def gradients(
     found = _engine_run_backward(outputs, cotangents, retain, create_graph, tuple(inputs), allow_unreachable=True, accumulate_grad=False)
     return [torch.zeros_like(i) if g is None else g for i,g in zip(inputs, found)]
 
-# %% ../../nbs/02_engines.passes.ipynb #e7478cc2
+# %% ../../nbs/02_engines.passes.ipynb #f467d5fa
 _containers = dict,list,set,deque
 _states = { # what has a state that is no attribute: how to read it, and to put it back
     torch.Generator: (lambda o: o.get_state(), lambda o,s: o.set_state(s)),
@@ -195,7 +195,7 @@ def _same(a, b):
 
 def _same_part(a, b): return a is b or (isinstance(a, (int, float, str, bool, tuple, list, dict)) and type(a) is type(b) and _same(a, b))
 
-# %% ../../nbs/02_engines.passes.ipynb #67943368
+# %% ../../nbs/02_engines.passes.ipynb #cf4fa198
 class Places:
     "All that can be reached from a model and that a pass may change: objects and containers, with what is in them, and tensors."
     def __init__(self,
@@ -226,7 +226,7 @@ class Places:
         for t,_,before in self.tensors:
             if t.shape == before.shape: t.data.copy_(before)
 
-# %% ../../nbs/02_engines.passes.ipynb #c9c21f5e
+# %% ../../nbs/02_engines.passes.ipynb #5592d00e
 class ModuleState:
     "The attributes of objects, such as modules, and what is in them where they are containers."
     def __init__(self,
@@ -243,7 +243,7 @@ class ModuleState:
                 if container: container.clear()
                 if content: (container.extend if isinstance(container, (list, deque)) else container.update)(content)
 
-# %% ../../nbs/02_engines.passes.ipynb #2230d31b
+# %% ../../nbs/02_engines.passes.ipynb #f463cb9c
 def _all_modules(model):
     "All modules of a model; refuses scripted ones, in which no other values can take the places of the parameters."
     named = dict(model.named_modules())
@@ -253,12 +253,14 @@ def _all_modules(model):
             'train the model that it was made from, and script that when it is trained')
     return list(named.values())
 
-def _unsync(modules):
-    "Let batch norms that work across processes do so within theirs."
+def _by_themselves(modules):
+    "Let batch norms that work across processes do so within theirs, and compiled modules run as they were before."
     for m in modules:
         if isinstance(m, nn.SyncBatchNorm): m.forward = partial(nn.modules.batchnorm._BatchNorm.forward, m)
+        if vars(m).get('_compiled_call_impl') is not None: vars(m)['_compiled_call_impl'] = None
+        if '_orig_mod' in m._modules: vars(m)['forward'] = m._orig_mod.__call__
 
-# %% ../../nbs/02_engines.passes.ipynb #6904fc50
+# %% ../../nbs/02_engines.passes.ipynb #cdf97600
 def model_device(
     model:nn.Module, # Any model
 )->torch.device: # That of its first parameter; the CPU if it has none
@@ -278,13 +280,13 @@ def recurrent_layers(
     "The recurrent layers of a model, which have kernels of their own."
     return [m for m in model.modules() if isinstance(m, nn.RNNBase) and training in (None, m.training)]
 
-# %% ../../nbs/02_engines.passes.ipynb #ed842402
+# %% ../../nbs/02_engines.passes.ipynb #867bfef9
 _attention = { # which kernels of attention may be used: how to read it
     SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled, SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
     SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled, SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled}
 _allowed = [[*_attention]] # those that were allowed outside of each `plain_kernels`
 
-# %% ../../nbs/02_engines.passes.ipynb #e8e2fffe
+# %% ../../nbs/02_engines.passes.ipynb #ec79f53b
 @contextmanager
 def plain_kernels(
     recurrent:bool=True, # Are there recurrent layers?
@@ -305,7 +307,7 @@ def own_attention():
     "Inside of `plain_kernels`: with the kernels of attention that were allowed outside."
     return sdpa_kernel(_allowed[-1])
 
-# %% ../../nbs/02_engines.passes.ipynb #3fe2696d
+# %% ../../nbs/02_engines.passes.ipynb #defaf04f
 @contextmanager
 def virtual_pass(
     model:nn.Module, # Model that will be run on the side
@@ -325,7 +327,7 @@ def virtual_pass(
     values = {**cut_off, **{p: v.clone() if id(p) in copied else v for p,v in (values or {}).items()}}
     attributes,contents = ModuleState(modules),[(o, _content(o)) for o in others]
     try:
-        _unsync(modules)
+        _by_themselves(modules)
         with (forked_random(device, seed, states), torch.autocast(device.type, autocast, autocast is not None, cache_enabled=False),
               mode(values, copied.values()) as exchange): yield exchange
     finally:
@@ -336,12 +338,10 @@ def run(
     model:nn.Module, # Model, in whatever mode it is
     inputs:tuple, # Its inputs
 ): # What it gives
-    "Call a model as it was before it was compiled; its inputs are copied, since a layer may change them in place."
-    inputs = tree_map_only(Tensor, torch.clone, inputs)
-    if is_compiled(model): return torch.compiler.disable(lambda: model(*inputs))()
-    return model(*inputs)
+    "Call a model on copies of its inputs, since a layer may change them in place."
+    return model(*tree_map_only(Tensor, torch.clone, inputs))
 
-# %% ../../nbs/02_engines.passes.ipynb #b61af0cf
+# %% ../../nbs/02_engines.passes.ipynb #6cc645d4
 def find_traces(
     model:nn.Module, # Model to try out
     pass_:callable, # A virtual pass through it, which is given what is known to change, as `Places.changed` gives it
@@ -356,7 +356,7 @@ def find_traces(
     if any(changing): places.put_back()
     return found,changing
 
-# %% ../../nbs/02_engines.passes.ipynb #71191075
+# %% ../../nbs/02_engines.passes.ipynb #ca695c3e
 def as_tuple(
     x, # A tensor, or several
 )->tuple: # These

@@ -6,7 +6,7 @@
 __all__ = ['item_losses', 'Aligned', 'along_graph', 'item_by_item', 'separate_pass', 'along_output', 'agrees_with_graph',
            'is_compared', 'Engine', 'hooked_parameter']
 
-# %% ../../nbs/05_engines.routes.ipynb #36f7e4c5
+# %% ../../nbs/05_engines.routes.ipynb #fd1a146d
 import re, warnings
 from collections import Counter
 from collections.abc import Callable
@@ -19,10 +19,10 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .passes import as_tuple, batch_size, gradients, is_compiled, plain_kernels, recurrent_layers, run, virtual_pass
-from .rules import DualPass, GradientInside, NoForwardDerivative, plain_tensor
+from .rules import DualPass, GradientInside, NoForwardDerivative, plain_tensor, without_both
 from .tape import InDoubt, OwnPass
 
-# %% ../../nbs/05_engines.routes.ipynb #9a97f5b5
+# %% ../../nbs/05_engines.routes.ipynb #f1f36b9e
 def item_losses(
     losses:Tensor, # What the loss function returned with `reduction='none'`: batch first, or flattened from that
     n_items:int, # Number of items in the batch
@@ -42,7 +42,7 @@ class Aligned:
     output:object=None # What the model gave, without history
     route:str='separate pass' # How they were found
 
-# %% ../../nbs/05_engines.routes.ipynb #4a1948b8
+# %% ../../nbs/05_engines.routes.ipynb #c6ba8100
 def _missing_operator(error):
     "The operator that PyTorch could not differentiate in forward mode, or `None` if `error` says something else."
     if found := re.search(r'forward AD with (\S+) that', str(error)): return found[1]
@@ -82,7 +82,7 @@ def _reverse(model, loss_func, batch, direction, inside):
 
 _engines = dict(forward=_forward, reverse=_reverse)
 
-# %% ../../nbs/05_engines.routes.ipynb #a2b65dcf
+# %% ../../nbs/05_engines.routes.ipynb #35904bb7
 def along_graph(
     losses:Tensor, # Shape (n,), with a history
     inputs:list[Tensor], # What they depend on
@@ -100,7 +100,7 @@ def along_graph(
     except RuntimeError as e:
         if not (found := re.search(r'derivative for (\S+) is not implemented', str(e))): raise
         raise NotImplementedError(f"engine='reverse' can't be used: {found[1]} has no derivative in PyTorch {torch.__version__}. "
-            "Use engine='forward', which needs no second derivative.") from e
+            f"{without_both(found[1]) or 'Use engine=' + repr('forward') + ', which needs no second derivative.'}") from e
 
 def _inner(a, b):
     "Inner product of a gradient and a direction, of sparse ones and of complex ones too."
@@ -117,7 +117,7 @@ def item_by_item(
     found = [gradients([l], inputs, retain_graph=True) for l in losses]
     return torch.stack([sum(_inner(g, v) for g,v in zip(gs, tangents) if v is not None) + l.detach()*0 for gs,l in zip(found, losses)])
 
-# %% ../../nbs/05_engines.routes.ipynb #3f69fbdd
+# %% ../../nbs/05_engines.routes.ipynb #f4f6b036
 def separate_pass(
     model:nn.Module, # Model, in the mode (train or eval) that its passes shall run in
     loss_func:Callable, # `loss_func(output, *targets)` gives one loss, or several, per item
@@ -132,7 +132,7 @@ def separate_pass(
     inside = partial(virtual_pass, model, autocast=autocast, changing=changing)
     with plain_kernels(bool(recurrent_layers(model))): return _engines[engine](model, loss_func, batch, direction, inside)
 
-# %% ../../nbs/05_engines.routes.ipynb #32f9ab90
+# %% ../../nbs/05_engines.routes.ipynb #aedf8cb3
 def _history(tensor, ends, limit=2000):
     "The nodes of a tensor's graph, up to those in `ends`; `None` if there are more than `limit`."
     nodes,todo = set(),[tensor.grad_fn]
@@ -144,7 +144,7 @@ def _history(tensor, ends, limit=2000):
         todo += [o for o,_ in node.next_functions]
     return nodes
 
-# %% ../../nbs/05_engines.routes.ipynb #5f818469
+# %% ../../nbs/05_engines.routes.ipynb #54ba393e
 def along_output(
     losses:Tensor, # Shape (n,), with a history
     own:OwnPass, # The pass that they come from
@@ -163,7 +163,7 @@ def along_output(
     try: return along_graph(losses, outputs, tangents, retain_graph=True)
     except NotImplementedError: return item_by_item(losses, outputs, tangents)
 
-# %% ../../nbs/05_engines.routes.ipynb #866e8f47
+# %% ../../nbs/05_engines.routes.ipynb #2e1e4b0b
 def agrees_with_graph(
     alignments:Tensor, # What is to be checked, shape (n,)
     losses:Tensor, # Shape (n,), with the history of the Learner's own pass
@@ -174,7 +174,7 @@ def agrees_with_graph(
 )->bool: # Are they right?
     "Compare random sums of alignments with gradients through the graph that they belong to."
     generator = torch.Generator().manual_seed(0)
-    size = sum(float(v.square().sum()) for v in tangents)**0.5
+    size = sum(float(v.abs().square().sum()) for v in tangents)**0.5
     for _ in range(times):
         c = torch.randn(len(losses), generator=generator).to(losses)
         found = gradients([losses], inputs, [c], retain_graph=True)
@@ -183,7 +183,7 @@ def agrees_with_graph(
         if not abs(float((c*alignments).sum() - expected)) <= tolerance*float(alignments.norm()) + rounding: return False
     return True
 
-# %% ../../nbs/05_engines.routes.ipynb #a83cc7b6
+# %% ../../nbs/05_engines.routes.ipynb #a2399903
 def is_compared(
     n:int, # Number of a step
 )->bool: # Is it 0 or a power of four?

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['rules', 'takes_gradient', 'sets_hook', 'Rule', 'rule', 'plain_tensor', 'value_and_tangent', 'graph_node',
-           'NoForwardDerivative', 'product_rule', 'batch_norm_rule', 'layer_norm_rule', 'attention_rule',
-           'embedding_rule', 'sum_rule', 'product_of_two_rule', 'relu_rule', 'max_pool_rule', 'activation_rule',
-           'dropout_rule', 'GradientInside', 'DualPass']
+           'without_both', 'NoForwardDerivative', 'product_rule', 'batch_norm_rule', 'layer_norm_rule',
+           'attention_rule', 'embedding_rule', 'sum_rule', 'product_of_two_rule', 'relu_rule', 'max_pool_rule',
+           'activation_rule', 'dropout_rule', 'GradientInside', 'DualPass']
 
-# %% ../../nbs/03_engines.rules.ipynb #be554cbc
+# %% ../../nbs/03_engines.rules.ipynb #7b6e15e8
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from .passes import Exchange, own_attention
 
-# %% ../../nbs/03_engines.rules.ipynb #3bf61f20
+# %% ../../nbs/03_engines.rules.ipynb #3b93e9ec
 @dataclass
 class Rule:
     "How tangents pass through an operator."
@@ -66,7 +66,14 @@ def graph_node(
     while type(node).__name__ == 'AliasBackward0': node = node.next_functions[0][0]
     return node
 
-# %% ../../nbs/03_engines.rules.ipynb #c61e37db
+# %% ../../nbs/03_engines.rules.ipynb #0c71da3e
+def without_both(
+    operator:str, # Name of an operator, as PyTorch reports it
+)->str: # What to do then, empty for others
+    "Advice for operators that have neither a forward-mode derivative nor a second one."
+    if 'embedding_bag' not in operator: return ''
+    return "Use nn.Embedding and a mean or a sum in the place of nn.EmbeddingBag, or MetaReweightCallback with engine='auto', which needs neither."
+
 class NoForwardDerivative(NotImplementedError):
     "An operator of the model has no forward-mode derivative, so the engine 'forward' can't be used."
     def __init__(self,
@@ -74,14 +81,14 @@ class NoForwardDerivative(NotImplementedError):
     ):
         self.operator = operator
         super().__init__(f"engine='forward' can't be used: {operator} has no forward-mode derivative in PyTorch {torch.__version__}. "
-            "Use engine='reverse', which is exact as well, but slower.")
+            f"{without_both(operator) or 'Use engine=' + repr('reverse') + ', which is exact as well, but slower.'}")
 
-# %% ../../nbs/03_engines.rules.ipynb #5ea9dd7b
+# %% ../../nbs/03_engines.rules.ipynb #374e2417
 with warnings.catch_warnings(), forward_ad.dual_level(): # the first dual number makes PyTorch load what warns of itself
     warnings.simplefilter('ignore', FutureWarning)
     forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
-# %% ../../nbs/03_engines.rules.ipynb #14ea5ed5
+# %% ../../nbs/03_engines.rules.ipynb #4ee5013b
 def _in_parts(f, *xs):
     "`f` of batches, a part after the other."
     y,at = None,0
@@ -107,14 +114,14 @@ def _product_tangent(op, x, w, dx, dw, db, *args, **kwargs):
     else: dy += op(dx, w, None, *args, **kwargs)
     return dy
 
-# %% ../../nbs/03_engines.rules.ipynb #73d2323a
+# %% ../../nbs/03_engines.rules.ipynb #3f56d39d
 @rule(F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, keeps='inputs', own_memory=True)
 def product_rule(op, out, input, weight, bias=None, *args, **kwargs):
     "Of what is linear in its input and in its parameters."
     x,w = plain_tensor(input),plain_tensor(weight)
     return lambda input, weight, bias=None, *args, **kwargs: _product_tangent(op, x, w, input, weight, bias, *args, **kwargs)
 
-# %% ../../nbs/03_engines.rules.ipynb #c2a77e17
+# %% ../../nbs/03_engines.rules.ipynb #58dbde15
 def _product_dual(op, input, weight, bias=None, *args, **kwargs):
     (x,dx),(w,dw),(b,db) = value_and_tangent(input, weight, bias)
     if dx is None and dw is None: return op(input, weight, bias, *args, **kwargs)
@@ -122,7 +129,7 @@ def _product_dual(op, input, weight, bias=None, *args, **kwargs):
 
 product_rule.dual = _product_dual
 
-# %% ../../nbs/03_engines.rules.ipynb #efa60673
+# %% ../../nbs/03_engines.rules.ipynb #03d1d61b
 def _batch_norm_tangent(x, weight, mean, scale, eps, dx, dweight, dbias, spare=False):
     "Given the batch's `mean` and one over its standard deviation, `scale`; `None` stands for zero. Is the memory of `dx` to spare?"
     dweight,dbias = [torch.zeros_like(mean) if o is None else o for o in (dweight, dbias)]
@@ -136,7 +143,7 @@ def _batch_norm_tangent(x, weight, mean, scale, eps, dx, dweight, dbias, spare=F
         part += F.batch_norm(of, mean, scale**-2, dweight, dbias, eps=0.)
     return dy
 
-# %% ../../nbs/03_engines.rules.ipynb #2eb330eb
+# %% ../../nbs/03_engines.rules.ipynb #c15ec8a3
 @rule(F.batch_norm, keeps='inputs', own_memory=True, takes_spare=True)
 def batch_norm_rule(op, out, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     "Of a norm by the batch's statistics, which the graph has kept."
@@ -147,7 +154,7 @@ def batch_norm_rule(op, out, input, running_mean, running_var, weight=None, bias
         return _batch_norm_tangent(x, w, mean, scale, eps, input, weight, bias, spare)
     return tangent
 
-# %% ../../nbs/03_engines.rules.ipynb #99f42a0f
+# %% ../../nbs/03_engines.rules.ipynb #306353f0
 def _batch_norm_dual(op, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     (x,dx),(w,dw),(b,db) = value_and_tangent(input, weight, bias)
     if not training or x.numel() == x.shape[1] or (dx is None and dw is None and db is None):
@@ -172,12 +179,12 @@ def _layer_norm_dual(op, input, normalized_shape, weight=None, bias=None, eps=1e
         dy += op(x, normalized_shape, dw, db, eps)
     return forward_ad.make_dual(y, dy)
 
-# %% ../../nbs/03_engines.rules.ipynb #4c5c6876
+# %% ../../nbs/03_engines.rules.ipynb #9e0902cd
 @rule(F.layer_norm, dual=_layer_norm_dual)
 def layer_norm_rule(op, out, *args, **kwargs):
     "Along the Learner's own pass, a call of layer norm is computed again with dual numbers."
 
-# %% ../../nbs/03_engines.rules.ipynb #d971a432
+# %% ../../nbs/03_engines.rules.ipynb #00f197ca
 def _attention_tangent(q, k, v, mask, is_causal, scale, dq, dk, dv):
     factor = q.shape[-1]**-0.5 if scale is None else scale
     scores = q @ k.transpose(-2, -1) * factor
@@ -201,12 +208,12 @@ def _attention_dual(op, query, key, value, attn_mask=None, dropout_p=0., is_caus
     tangent = _attention_tangent(q, k, v, mask, is_causal, scale, dq, dk, dv)
     return forward_ad.make_dual(out, torch.empty_like(out).copy_(tangent))
 
-# %% ../../nbs/03_engines.rules.ipynb #43369851
+# %% ../../nbs/03_engines.rules.ipynb #b1dfd913
 @rule(F.scaled_dot_product_attention, dual=_attention_dual, random=True)
 def attention_rule(op, out, *args, **kwargs):
     "Along the Learner's own pass, a call of attention is computed again with dual numbers."
 
-# %% ../../nbs/03_engines.rules.ipynb #a4dbf455
+# %% ../../nbs/03_engines.rules.ipynb #23e0e183
 def _embedding_tangent(input, dweight, padding_idx):
     dy = F.embedding(input, dweight)
     return dy if padding_idx is None else dy.masked_fill((input == padding_idx % len(dweight))[..., None], 0)
@@ -217,7 +224,7 @@ def _embedding_dual(op, input, weight, padding_idx=None, max_norm=None, norm_typ
     if scale_grad_by_freq: raise NoForwardDerivative('an embedding with scale_grad_by_freq')
     return forward_ad.make_dual(op(input, w, padding_idx, max_norm, norm_type), _embedding_tangent(input, dw, padding_idx))
 
-# %% ../../nbs/03_engines.rules.ipynb #0cf5d124
+# %% ../../nbs/03_engines.rules.ipynb #002d7045
 @rule(F.embedding, dual=_embedding_dual)
 def embedding_rule(op, out, input, weight, padding_idx=None, max_norm=None, norm_type=2., scale_grad_by_freq=False, sparse=False):
     "Of an embedding."
@@ -225,7 +232,7 @@ def embedding_rule(op, out, input, weight, padding_idx=None, max_norm=None, norm
     places = plain_tensor(input)
     return lambda input, weight, *args, **kwargs: _embedding_tangent(places, weight, padding_idx)
 
-# %% ../../nbs/03_engines.rules.ipynb #4853eed4
+# %% ../../nbs/03_engines.rules.ipynb #853b19ea
 @rule(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__, takes_spare=True)
 def sum_rule(op, out, a, b, *, alpha=1):
     "Of a sum."
@@ -261,10 +268,10 @@ def max_pool_rule(op, out, *args, **kwargs):
     places = node._saved_result1
     return lambda x, *args, **kwargs: x.flatten(-2).gather(-1, places.flatten(-2)).view(places.shape)
 
-# %% ../../nbs/03_engines.rules.ipynb #a9e03825
+# %% ../../nbs/03_engines.rules.ipynb #da96ac0c
 _diagonal = {f'{o}Backward{i}' for i in (0, 1) for o in ('Silu','Gelu','Hardswish','Hardsigmoid','Hardtanh','LeakyRelu','Elu','Mish','Sigmoid','Tanh')}
 
-# %% ../../nbs/03_engines.rules.ipynb #0dc8913d
+# %% ../../nbs/03_engines.rules.ipynb #e7376c3f
 @rule(F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.hardtanh, F.relu6, F.leaky_relu, F.elu, F.mish,
       torch.sigmoid, torch.tanh, Tensor.sigmoid, Tensor.tanh)
 def activation_rule(op, out, *args, **kwargs):
@@ -279,7 +286,7 @@ def dropout_rule(op, out, *args, **kwargs):
     if type(node).__name__ == 'MulBackward0': return lambda input, *args, **kwargs: node(input)[0]
     if type(node).__name__ == 'NativeDropoutBackward0': return lambda input, *args, **kwargs: node(input)
 
-# %% ../../nbs/03_engines.rules.ipynb #c25f79a4
+# %% ../../nbs/03_engines.rules.ipynb #c3ea7fc5
 class GradientInside(Exception):
     "A model takes a gradient while it runs."
 
