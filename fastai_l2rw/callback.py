@@ -82,7 +82,7 @@ class MetaReweightCallback(Callback):
         self.record_of_items = ItemLedger(self)
         self.companions = _BeforePass(self),_AfterLoss(self),self.record_of_items
 
-# %% ../nbs/11_callback.ipynb #c06d1238
+# %% ../nbs/11_callback.ipynb #5159115f
 def check_choices(
     **given, # For each argument, its value and those that are allowed
 ):
@@ -97,7 +97,7 @@ def check_whole_numbers(
     for name,(value,least) in given.items():
         if not isinstance(value, int) or value < least: raise ValueError(f'{name}={value!r} must be a whole number, {least} or more')
 
-# %% ../nbs/11_callback.ipynb #746d08fd
+# %% ../nbs/11_callback.ipynb #e491b2f7
 @patch(as_prop=True)
 def learn(self:MetaReweightCallback):
     "The `Learner` that the callback belongs to, if any."
@@ -125,7 +125,7 @@ def refuse_second(self:MetaReweightCallback, learn):
         if frame is not None and any(o is cb for o in L(frame.f_locals.get('cbs'))): learn.remove_cb(cb)
         raise ValueError('learn has a MetaReweightCallback already: take it away first, with learn.remove_cbs(MetaReweightCallback)')
 
-# %% ../nbs/11_callback.ipynb #683c2a79
+# %% ../nbs/11_callback.ipynb #a26d2b3c
 @patch
 def before_fit(self:MetaReweightCallback):
     "Name the columns of the progress table. Validation and prediction come through here too, and need no trusted loader."
@@ -159,7 +159,7 @@ def make_weigher(self:MetaReweightCallback,
     "How weights follow from alignments."
     return AlignmentWeigher(transforms_for(self.relative, self.smooth, self.margin), self.every)
 
-# %% ../nbs/11_callback.ipynb #a3cd023e
+# %% ../nbs/11_callback.ipynb #3018fce8
 @patch
 def begin_step(self:MetaReweightCallback):
     "The batch and the learning rates are ready."
@@ -194,7 +194,7 @@ def after_train(self:MetaReweightCallback):
 def after_validate(self:MetaReweightCallback):
     "Log them."
     fit = self.this_fit
-    if fit is None or fit.means is None: return
+    if self.announced or fit is None or fit.means is None: return # a validation by itself
     means,fit.means = fit.means,None
     if hasattr(self.learn, 'recorder') and not self.recorder.cancel_train: self.recorder.log += means
 
@@ -204,7 +204,7 @@ def after_fit(self:MetaReweightCallback):
     if self.announced: self.announced = False
     else: self.close()
 
-# %% ../nbs/11_callback.ipynb #92679f15
+# %% ../nbs/11_callback.ipynb #f7f14ceb
 @patch
 def close(self:MetaReweightCallback):
     "End the fit at hand, if there is one."
@@ -221,7 +221,7 @@ def closing_on_error(self:MetaReweightCallback):
         self.close()
         raise
 
-# %% ../nbs/11_callback.ipynb #ba4068f5
+# %% ../nbs/11_callback.ipynb #d9397b2f
 @patch(as_prop=True)
 def step(self:MetaReweightCallback)->Step|None:
     "The training step at hand: its `weights`, `alignments`, `losses`, `items`, `meta_batch` and `route`; `None` if there is none."
@@ -240,7 +240,7 @@ def item_weights(self:MetaReweightCallback,
     if not self.record: raise ValueError('no weights have been recorded (record=False): train with record=True first')
     return self.record_of_items.item_weights(last)
 
-# %% ../nbs/11_callback.ipynb #f881c4f4
+# %% ../nbs/11_callback.ipynb #1f187239
 class MetaWeightNetCallback(MetaReweightCallback):
     "Weigh each training example by a function of its loss, which is learned on trusted examples (Meta-Weight-Net, Shu et al. 2019, Algorithm 1)."
     def __init__(self,

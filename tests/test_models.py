@@ -172,7 +172,7 @@ def test_weights_in_a_fit(name, engine, tmp_path):
         learn.fit(1, 1e-3, cbs=[reweight := MetaReweightCallback(engine=engine), oracle := Oracle((lambda out, y: text_losses(out, y)) if text else per_item), noted := Agreed()])
     assert set(noted.agreed) == {True} if engine == 'auto' and name not in OTHER_ENGINE else not any(noted.agreed)
     assert oracle.compared >= 2 and oracle.positive and oracle.varied
-    assert reweight._engine == ('reverse' if engine == 'reverse' else 'forward')
+    assert reweight.routes.kind == ('reverse' if engine == 'reverse' else 'forward')
     assert all(p.isfinite().all() for p in learn.model.parameters())
 
 class Agreed(Callback):

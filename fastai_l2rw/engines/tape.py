@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['InDoubt', 'operator_name', 'Tape', 'follow', 'OwnPass']
 
-# %% ../../nbs/04_engines.tape.ipynb #606bc33f
+# %% ../../nbs/04_engines.tape.ipynb #6e39cc0c
 from collections import Counter
 from functools import partial
 
@@ -20,7 +20,7 @@ from fastai_l2rw.engines.passes import (forked_random, model_device, plain_kerne
     watched_functions)
 from .rules import DualPass, graph_node, plain_tensor, rules, sets_hook, takes_gradient
 
-# %% ../../nbs/04_engines.tape.ipynb #e650ffe7
+# %% ../../nbs/04_engines.tape.ipynb #71116c5f
 class InDoubt(Exception):
     "The tape can't say what the tangents are; the message names what it met."
 
@@ -40,7 +40,7 @@ def operator_name(func)->str: # For people
     if name in ('__get__', '__set__'): name = f"{getattr(getattr(func, '__self__', None), '__name__', '')}.{name}"
     return f'{owner.__name__}.{name}' if owner else name
 
-# %% ../../nbs/04_engines.tape.ipynb #8626bf8a
+# %% ../../nbs/04_engines.tape.ipynb #cae76e31
 _only_shapes = {torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.movedim, torch.chunk, torch.split, torch.unbind,
     Tensor.flatten, Tensor.reshape, Tensor.view, Tensor.permute, Tensor.transpose, Tensor.squeeze, Tensor.unsqueeze, Tensor.movedim, Tensor.chunk, Tensor.split,
     Tensor.expand, Tensor.expand_as, Tensor.view_as, Tensor.contiguous, Tensor.as_subclass, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__, Tensor.unbind}
@@ -52,7 +52,7 @@ class _Call:
     "A call on the tape."
     __slots__ = ('func','tangent','args','kwargs','numbers','results','kept','states','known')
 
-# %% ../../nbs/04_engines.tape.ipynb #74eaa907
+# %% ../../nbs/04_engines.tape.ipynb #42a0e827
 class Tape(TorchFunctionMode):
     "Notes the operators through which a pass depends on parameters, and follows tangents along them."
     def __init__(self,
@@ -147,7 +147,7 @@ class Tape(TorchFunctionMode):
         super().__exit__(*error)
         self.watching.__exit__(*error)
 
-# %% ../../nbs/04_engines.tape.ipynb #c55f2a48
+# %% ../../nbs/04_engines.tape.ipynb #3c9b5bcc
 class _Number(int): "Stands for a tensor in noted arguments."
 _no_number = _Number(-2)
 
@@ -169,7 +169,7 @@ def _with_tangents(x, tangents):
 
 def _own_lists(x): return type(x)(map(_own_lists, x)) if type(x) in (list, tuple) else x
 
-# %% ../../nbs/04_engines.tape.ipynb #bb88b36c
+# %% ../../nbs/04_engines.tape.ipynb #eb46fc4b
 def _compute_again(tape, call, tangents):
     "The tangents of the results of a call, by PyTorch."
     if call.states:
@@ -184,7 +184,7 @@ def _compute_again(tape, call, tangents):
         out = known.dual(call.func, *args, **kwargs) if known is not None and known.dual is not None else call.func(*args, **kwargs)
         return [forward_ad.unpack_dual(o).tangent for o in _tensors((out,))]
 
-# %% ../../nbs/04_engines.tape.ipynb #bf567a2c
+# %% ../../nbs/04_engines.tape.ipynb #2e03c5c1
 def follow(
     tape:Tape, # A tape without doubt
     direction:dict, # Direction by parameter name
@@ -208,17 +208,16 @@ def follow(
             if k is not None and last[k] == i and k not in wanted: tangents.pop(k, None)
     return tangents
 
-# %% ../../nbs/04_engines.tape.ipynb #2bac109e
-def _no_hook(): return _nothing
-def _nothing(*args): pass
+# %% ../../nbs/04_engines.tape.ipynb #d9fc6829
+class _Forward:
+    "A model's `forward`, of which `own` wants to know; in a copy of the model, and when that is saved, it is what it was."
+    def __init__(self, own, forward): self.own,self.__wrapped__ = own,forward
+    def __call__(self, *args, **kwargs): return self.own.run(self.__wrapped__, args, kwargs)
+    def __reduce__(self): return _the_same,(self.__wrapped__,)
 
-class _Hook:
-    "Calls `act`; in a copy of the model, and when that is saved, it does nothing."
-    def __init__(self, act): self.act = act
-    def __call__(self, *args): return self.act(*args)
-    def __reduce__(self): return _no_hook,()
+def _the_same(x): return x
 
-# %% ../../nbs/04_engines.tape.ipynb #585244dd
+# %% ../../nbs/04_engines.tape.ipynb #2ef5d750
 class OwnPass:
     "The next pass of a model on given inputs: its output, and tangents along it."
     def __init__(self,
@@ -230,27 +229,31 @@ class OwnPass:
     ):
         self.model,self.params,self.inputs,self.whole,self.doubt = model,params,inputs,whole,doubt
         self.tape = self.output = None
+        self.noted = ()
         self.seen = self.within = self.low_precision = False
         self.buffers = [(o, o.clone()) for o in model.buffers()]
-        self.hooks = [model.register_forward_pre_hook(_Hook(self._enter)), model.register_forward_hook(_Hook(self._leave), always_call=True)]
+        self.before = vars(model).get('forward') # a `forward` of this very model, if it has one
+        vars(model)['forward'] = self.wrapper = _Forward(self, model.forward)
 
-    def _enter(self, module, args):
-        if self.within or not torch.is_grad_enabled() or len(args) != len(self.inputs) or any(a is not b for a,b in zip(args, self.inputs)): return
+    def run(self, forward, args, kwargs):
+        "A call of the model."
+        expected = not self.within and torch.is_grad_enabled() and len(args) == len(self.inputs) and all(a is b for a,b in zip(args, self.inputs))
+        if not expected: return forward(*args, **kwargs)
         self.within,device = True,model_device(self.model)
         self.low_precision = torch.is_autocast_enabled(device.type)
         if self.low_precision: self.doubt = self.doubt or 'autocast'
-        if self.doubt: return
-        self.tape = Tape(self.params, self.whole, self.model.buffers(), device)
-        self.tape.__enter__()
-
-    def _leave(self, module, args, output):
-        if not self.within: return
-        if self.tape is not None:
-            self.tape.__exit__(None, None, None)
-            self.doubt = self.tape.doubt
-        self.within,self.seen,self.output = False,True,output
+        try:
+            if self.doubt: self.output = forward(*args, **kwargs)
+            else:
+                self.tape = Tape(self.params, self.whole, self.model.buffers(), device)
+                with self.tape: self.output = forward(*args, **kwargs)
+                self.doubt = self.tape.doubt
+        finally:
+            self.within = False
+            self.take_down()
+        self.seen = True
         self.noted = [(o, o._version, o.grad_fn) for o in self.outputs]
-        self.take_down()
+        return self.output
 
     @property
     def outputs(self)->list:
@@ -272,11 +275,13 @@ class OwnPass:
         for buffer,before in self.buffers: buffer.copy_(before)
 
     def take_down(self):
-        "Take the hooks off the model."
-        for hook in self.hooks: hook.remove()
+        "Let the model have its own `forward` again."
+        if vars(self.model).get('forward') is not self.wrapper: return
+        del vars(self.model)['forward']
+        if self.before is not None: vars(self.model)['forward'] = self.before
 
     def close(self):
-        "Take the hooks off the model, if it had no pass, and let what the pass has left go."
+        "Let the model go, if it had no pass, and what the pass has left."
         self.take_down()
         self.tape = self.output = self.inputs = None
         self.noted,self.buffers = (),()
