@@ -157,7 +157,7 @@ LEARNERS = {
     'DataParallel': lambda: plain(nn.DataParallel(tv.resnet18(num_classes=3))),
 }
 
-OTHER_ENGINE = 'unet_learner','unet_learner, self-attention','text_classifier_learner','torchvision EfficientNet','DataParallel' # tangents can't follow the Learner's own pass there
+OTHER_ENGINE = 'unet_learner','unet_learner, self-attention','text_classifier_learner','torchvision EfficientNet' # tangents can't follow the Learner's own pass there
 
 @pytest.mark.parametrize('engine', ['auto', 'reverse'])
 @pytest.mark.parametrize('name', LEARNERS)

@@ -6,7 +6,7 @@
 __all__ = ['item_losses', 'Aligned', 'along_graph', 'item_by_item', 'separate_pass', 'along_output', 'agrees_with_graph',
            'is_compared', 'Engine', 'hooked_parameter']
 
-# %% ../../nbs/05_engines.routes.ipynb #fd1a146d
+# %% ../../nbs/05_engines.routes.ipynb #2b80be05
 import re, warnings
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from .passes import as_tuple, batch_size, gradients, is_compiled, plain_kernels,
 from .rules import DualPass, GradientInside, NoForwardDerivative, plain_tensor, without_both
 from .tape import InDoubt, OwnPass
 
-# %% ../../nbs/05_engines.routes.ipynb #f1f36b9e
+# %% ../../nbs/05_engines.routes.ipynb #b3be715f
 def item_losses(
     losses:Tensor, # What the loss function returned with `reduction='none'`: batch first, or flattened from that
     n_items:int, # Number of items in the batch
@@ -42,7 +42,7 @@ class Aligned:
     output:object=None # What the model gave, without history
     route:str='separate pass' # How they were found
 
-# %% ../../nbs/05_engines.routes.ipynb #c6ba8100
+# %% ../../nbs/05_engines.routes.ipynb #0e60b8c7
 def _missing_operator(error):
     "The operator that PyTorch could not differentiate in forward mode, or `None` if `error` says something else."
     if found := re.search(r'forward AD with (\S+) that', str(error)): return found[1]
@@ -82,7 +82,7 @@ def _reverse(model, loss_func, batch, direction, inside):
 
 _engines = dict(forward=_forward, reverse=_reverse)
 
-# %% ../../nbs/05_engines.routes.ipynb #35904bb7
+# %% ../../nbs/05_engines.routes.ipynb #2559145b
 def along_graph(
     losses:Tensor, # Shape (n,), with a history
     inputs:list[Tensor], # What they depend on
@@ -117,7 +117,7 @@ def item_by_item(
     found = [gradients([l], inputs, retain_graph=True) for l in losses]
     return torch.stack([sum(_inner(g, v) for g,v in zip(gs, tangents) if v is not None) + l.detach()*0 for gs,l in zip(found, losses)])
 
-# %% ../../nbs/05_engines.routes.ipynb #f4f6b036
+# %% ../../nbs/05_engines.routes.ipynb #67db7d51
 def separate_pass(
     model:nn.Module, # Model, in the mode (train or eval) that its passes shall run in
     loss_func:Callable, # `loss_func(output, *targets)` gives one loss, or several, per item
@@ -132,29 +132,31 @@ def separate_pass(
     inside = partial(virtual_pass, model, autocast=autocast, changing=changing)
     with plain_kernels(bool(recurrent_layers(model))): return _engines[engine](model, loss_func, batch, direction, inside)
 
-# %% ../../nbs/05_engines.routes.ipynb #aedf8cb3
+# %% ../../nbs/05_engines.routes.ipynb #895206ee
 def _history(tensor, ends, limit=2000):
-    "The nodes of a tensor's graph, up to those in `ends`; `None` if there are more than `limit`."
-    nodes,todo = set(),[tensor.grad_fn]
+    "The nodes of a tensor's graph, up to those in `ends`, and the ends that it meets; raises `InDoubt` if there are more than `limit`."
+    nodes,met,todo = set(),set(),[tensor.grad_fn]
     while todo:
         node = todo.pop()
-        if node is None or node in nodes or node in ends: continue
+        if node is None or node in nodes: continue
+        if node in ends:
+            met.add(node)
+            continue
         nodes.add(node)
-        if len(nodes) > limit: return None
+        if len(nodes) > limit: raise InDoubt('a loss that has a long history of its own')
         todo += [o for o,_ in node.next_functions]
-    return nodes
+    return nodes,met
 
-# %% ../../nbs/05_engines.routes.ipynb #54ba393e
+# %% ../../nbs/05_engines.routes.ipynb #89afdec0
 def along_output(
     losses:Tensor, # Shape (n,), with a history
     own:OwnPass, # The pass that they come from
     direction:dict, # Direction by parameter name
 )->Tensor: # Shape (n,)
     "Directional derivatives of losses by tangents along a model's own pass; raises `InDoubt`."
-    tangents = own.tangents(direction)
-    outputs = own.outputs
-    nodes = _history(losses, {o.grad_fn for o in outputs})
-    if nodes is None: raise InDoubt('a loss that has a long history of its own')
+    nodes,met = _history(losses, {o.grad_fn for o in own.outputs})
+    outputs = [o for o in own.outputs if o.grad_fn in met] # a model may return more than the loss makes use of
+    tangents = own.tangents(direction, outputs)
     trained = {id(p) for p in own.params.values()}
     if any(id(getattr(node, 'variable', None)) in trained for node in nodes): raise InDoubt('a loss that depends on the parameters by itself')
     moved = [(o, t) for o,t in zip(outputs, tangents) if t is not None]
@@ -163,7 +165,7 @@ def along_output(
     try: return along_graph(losses, outputs, tangents, retain_graph=True)
     except NotImplementedError: return item_by_item(losses, outputs, tangents)
 
-# %% ../../nbs/05_engines.routes.ipynb #2e1e4b0b
+# %% ../../nbs/05_engines.routes.ipynb #62338f58
 def agrees_with_graph(
     alignments:Tensor, # What is to be checked, shape (n,)
     losses:Tensor, # Shape (n,), with the history of the Learner's own pass
@@ -183,7 +185,7 @@ def agrees_with_graph(
         if not abs(float((c*alignments).sum() - expected)) <= tolerance*float(alignments.norm()) + rounding: return False
     return True
 
-# %% ../../nbs/05_engines.routes.ipynb #a2399903
+# %% ../../nbs/05_engines.routes.ipynb #4c4ecd01
 def is_compared(
     n:int, # Number of a step
 )->bool: # Is it 0 or a power of four?

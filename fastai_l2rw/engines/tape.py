@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['InDoubt', 'operator_name', 'Tape', 'follow', 'OwnPass']
 
-# %% ../../nbs/04_engines.tape.ipynb #6e39cc0c
+# %% ../../nbs/04_engines.tape.ipynb #ed93a945
 from collections import Counter
 from functools import partial
 
@@ -20,7 +20,7 @@ from fastai_l2rw.engines.passes import (forked_random, model_device, plain_kerne
     watched_functions)
 from .rules import DualPass, graph_node, plain_tensor, rules, sets_hook, takes_gradient
 
-# %% ../../nbs/04_engines.tape.ipynb #71116c5f
+# %% ../../nbs/04_engines.tape.ipynb #c12567fe
 class InDoubt(Exception):
     "The tape can't say what the tangents are; the message names what it met."
 
@@ -40,7 +40,7 @@ def operator_name(func)->str: # For people
     if name in ('__get__', '__set__'): name = f"{getattr(getattr(func, '__self__', None), '__name__', '')}.{name}"
     return f'{owner.__name__}.{name}' if owner else name
 
-# %% ../../nbs/04_engines.tape.ipynb #cae76e31
+# %% ../../nbs/04_engines.tape.ipynb #84f64e77
 _only_shapes = {torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.movedim, torch.chunk, torch.split, torch.unbind,
     Tensor.flatten, Tensor.reshape, Tensor.view, Tensor.permute, Tensor.transpose, Tensor.squeeze, Tensor.unsqueeze, Tensor.movedim, Tensor.chunk, Tensor.split,
     Tensor.expand, Tensor.expand_as, Tensor.view_as, Tensor.contiguous, Tensor.as_subclass, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__, Tensor.unbind}
@@ -52,7 +52,7 @@ class _Call:
     "A call on the tape."
     __slots__ = ('func','tangent','args','kwargs','numbers','results','kept','states','known')
 
-# %% ../../nbs/04_engines.tape.ipynb #42a0e827
+# %% ../../nbs/04_engines.tape.ipynb #b17b9eb1
 class Tape(TorchFunctionMode):
     "Notes the operators through which a pass depends on parameters, and follows tangents along them."
     def __init__(self,
@@ -133,6 +133,15 @@ class Tape(TorchFunctionMode):
         call.results = [self._add(o) if o.requires_grad else None for o in outs]
         self.calls.append(call)
 
+    def depends(self, numbers):
+        "Does one of these tensors follow from another?"
+        for k in numbers:
+            before = {k}
+            for call in reversed(self.calls):
+                if before.intersection(call.results): before.update(call.numbers)
+            if before.intersection(numbers) - {k, None}: return True
+        return False
+
     def watch(self, function, args, kwargs):
         "A custom function of autograd is a doubt where it gets anything that depends on the parameters."
         if not self.doubt and any(self.number(t) is not None for t in _tensors((args, kwargs))): self.doubt = f'{function.__name__}, a torch.autograd.Function'
@@ -147,7 +156,7 @@ class Tape(TorchFunctionMode):
         super().__exit__(*error)
         self.watching.__exit__(*error)
 
-# %% ../../nbs/04_engines.tape.ipynb #3c9b5bcc
+# %% ../../nbs/04_engines.tape.ipynb #3649f808
 class _Number(int): "Stands for a tensor in noted arguments."
 _no_number = _Number(-2)
 
@@ -169,7 +178,7 @@ def _with_tangents(x, tangents):
 
 def _own_lists(x): return type(x)(map(_own_lists, x)) if type(x) in (list, tuple) else x
 
-# %% ../../nbs/04_engines.tape.ipynb #eb46fc4b
+# %% ../../nbs/04_engines.tape.ipynb #cdbf8b79
 def _compute_again(tape, call, tangents):
     "The tangents of the results of a call, by PyTorch."
     if call.states:
@@ -184,7 +193,7 @@ def _compute_again(tape, call, tangents):
         out = known.dual(call.func, *args, **kwargs) if known is not None and known.dual is not None else call.func(*args, **kwargs)
         return [forward_ad.unpack_dual(o).tangent for o in _tensors((out,))]
 
-# %% ../../nbs/04_engines.tape.ipynb #2e03c5c1
+# %% ../../nbs/04_engines.tape.ipynb #59c2885b
 def follow(
     tape:Tape, # A tape without doubt
     direction:dict, # Direction by parameter name
@@ -208,7 +217,7 @@ def follow(
             if k is not None and last[k] == i and k not in wanted: tangents.pop(k, None)
     return tangents
 
-# %% ../../nbs/04_engines.tape.ipynb #d9fc6829
+# %% ../../nbs/04_engines.tape.ipynb #55924f03
 class _Forward:
     "A model's `forward`, of which `own` wants to know; in a copy of the model, and when that is saved, it is what it was."
     def __init__(self, own, forward): self.own,self.__wrapped__ = own,forward
@@ -217,7 +226,7 @@ class _Forward:
 
 def _the_same(x): return x
 
-# %% ../../nbs/04_engines.tape.ipynb #2ef5d750
+# %% ../../nbs/04_engines.tape.ipynb #e99dc36c
 class OwnPass:
     "The next pass of a model on given inputs: its output, and tangents along it."
     def __init__(self,
@@ -288,12 +297,14 @@ class OwnPass:
 
     def tangents(self,
         direction:dict, # Direction by parameter name
+        outputs:list, # Some of the output's tensors: those that count
     )->list: # One for each of `outputs`, `None` for zero
-        "Tangents of the output; raises `InDoubt` where they can't be known."
+        "Tangents of the output; raises `InDoubt` where they can't be known, and where one of several follows from another."
         if self.doubt or not self.seen: raise InDoubt(self.doubt or 'another pass than the expected one')
         if any(o._version != version or o.grad_fn is not node for o,version,node in self.noted): raise InDoubt('an output that was changed in place')
-        numbers = [self.tape.number(o) for o in self.outputs]
+        numbers = [self.tape.number(o) for o in outputs]
         if -1 in numbers or None in numbers and self.whole: raise InDoubt('an output that the tape does not know')
+        if len(numbers) > 1 and self.tape.depends(numbers): raise InDoubt('an output that follows from another one')
         try:
             with forked_random(model_device(self.model)), plain_kernels(bool(recurrent_layers(self.model))), torch.no_grad():
                 found = follow(self.tape, direction, set(numbers))
