@@ -138,10 +138,10 @@ class WithoutPasses(MetaReweightCallback):
     def begin_fit(self):
         super().begin_fit()
         fit,fixed = self.this_fit,{k: p.detach() for k,p in self.this_fit.params.items()}
-        def meta_gradient(at, step):
+        def meta_gradient_at(at, step):
             fit.epoch.add(meta_loss=torch.zeros(()))
             return fixed
-        fit.meta_gradient = meta_gradient
+        fit.meta_gradient_at = meta_gradient_at
         self.routes.after_pass = lambda own, aligned, losses, *args: Aligned(torch.ones_like(losses.detach()), losses, route='own pass')
 
 def by_hand(step):

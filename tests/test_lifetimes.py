@@ -158,7 +158,7 @@ def test_statistics_of_the_engine(make_learner):
     with pytest.warns(UserWarning, match='of 40 steps took their weights from two backward passes.*because of Tensor.register_hook'): learn.fit(9)
     stats = learn.meta_reweight.engine_statistics()
     assert sum(stats['steps'].values()) == 9*len(learn.dls.train) and stats['steps']['own graph'] == stats['doubts']['Tensor.register_hook'] > 4
-    assert set(stats['steps']) == {'own pass', 'own graph'} and stats['compared'] > 1
+    assert set(stats['steps']) == {'own pass', 'own graph'} and stats['compared'] > 0
     assert learn.meta_reweight.step is None
 
 def test_hooks_that_change_gradients_after_they_are_there_are_named(make_learner):
