@@ -21,9 +21,11 @@ from fastcore.script import call_parse
 
 from fastai_l2rw.all import *
 from fastai_l2rw.studies.cifar10 import report_cnn
-import fastai_l2rw.callback
+import fastai_l2rw.engines.routes
+from fastai_l2rw.engines.routes import separate_pass
+from fastai_l2rw.weighers import AlignmentWeigher
 
-fastai_l2rw.callback._to_compare = lambda n: n == 0 # here each epoch is a fit of its own, and fits are long: those at 1, 4, 16, 64, ... take no share worth mentioning
+fastai_l2rw.engines.routes.is_compared = lambda n: n == 0 # here each epoch is a fit of its own, and fits are long: those at 1, 4, 16, 64, ... take no share worth mentioning
 
 def head(model): return model[-1].parameters()
 
@@ -38,18 +40,30 @@ class Timer(Callback):
         if self.iter == 0: self.start = time.perf_counter()
     def after_train(self): self.seconds = time.perf_counter() - self.start
 
-class Agreement(MetaReweightCallback):
-    "Trains by the exact weights, and notes how those along the head only, and those by a trusted gradient of up to three steps before, correlate with them."
-    def before_fit(self): super().before_fit(); self.steps,self.correlations = 0,{'params=head': [], 'every=4': []}
-    def _weights(self, batch):
-        at,pull_back = self._lookahead()
-        direction = pull_back(self._meta_gradient(at))
-        if self.steps % 4 == 0: self.kept = direction
-        self.steps += 1
-        last = list(direction)[-2:]
-        exact,along_head,kept = [normalise(rectify(self._alignment(batch, d))) for d in (direction, {k: direction[k] for k in last}, self.kept)]
-        for k,w in (('params=head', along_head), ('every=4', kept)): self.correlations[k].append(torch.corrcoef(torch.stack([exact, w]))[0, 1])
+class Comparing(AlignmentWeigher):
+    "Weighs exactly, and notes how weights along the head only, and those by a trusted gradient of up to three steps before, correlate with that."
+    def __init__(self, correlations):
+        super().__init__()
+        self.correlations,self.kept = correlations,None
+
+    def direction(self, step, fit):
+        n,direction = self.n,super().direction(step, fit)
+        if n % 4 == 0 or self.kept is None: self.kept = direction
+        others = {k: direction[k] for k in list(direction)[-2:]},self.kept
+        self.others = [separate_pass(fit.model, fit.losses.training, step.batch, d).alignments for d in others]
+        return direction
+
+    def weights(self, alignments, step, fit):
+        exact = super().weights(alignments, step, fit)
+        for k,u in zip(('params=head','every=4'), self.others):
+            self.correlations[k].append(torch.corrcoef(torch.stack([exact, fit.normalise(rectify(u))]))[0, 1])
         return exact
+
+class Agreement(MetaReweightCallback):
+    "Trains by exact weights that are compared."
+    def make_weigher(self, searching):
+        self.correlations = {'params=head': [], 'every=4': []}
+        return Comparing(self.correlations)
 
 def learner(dls, options, cls=MetaReweightCallback):
     set_seed(0)

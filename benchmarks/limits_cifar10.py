@@ -21,7 +21,7 @@ from fastai_l2rw.all import *
 from fastai_l2rw.data.cifar10 import ShiftFlip
 from fastai_l2rw.studies.training import fit_schedule, kept_dls, variant_parts, variants, versions
 from fastai_l2rw.studies.cifar10 import decoded_images, report_cnn
-from fastai_l2rw.robust import output_gradient_norms, relative_alignments
+from fastai_l2rw.weighers import output_gradient_norms, relative_alignments
 
 cross_entropy = partial(F.cross_entropy, reduction='none')
 

@@ -28,13 +28,14 @@ from fastai.text.models.core import get_text_classifier
 from fastcore.script import bool_arg, call_parse
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
 from fastai_l2rw.all import *
-import fastai_l2rw.callback
+import fastai_l2rw.engines.routes
+from fastai_l2rw.engines.routes import Aligned
 
 LR = 1e-3
-fastai_l2rw.callback._to_compare = lambda n: n == 0 # turns are short, and fits are long: those at 1, 4, 16, 64, ... take no share worth mentioning
+fastai_l2rw.engines.routes.is_compared = lambda n: n == 0 # turns are short, and fits are long: those at 1, 4, 16, 64, ... take no share worth mentioning
 cross_entropy = nn.CrossEntropyLoss(reduction='none')
 
 # ---- models, without random layers, so that the weights can be compared
@@ -101,7 +102,7 @@ class StepTimer(Callback):
     def after_batch(self):
         if self.iter == 0: self.clock = Clock()
         cb = next((cb for cb in self.learn.cbs if isinstance(cb, MetaReweightCallback)), None)
-        if self.weights is None and cb: self.weights = cb._example_weights
+        if self.weights is None and cb: self.weights = cb.step.weights
     def after_train(self): self.seconds = self.clock()
 
 class Steps:
@@ -133,13 +134,15 @@ def ours(cls=MetaReweightCallback, **kwargs):
     return make
 
 class WithoutPasses(MetaReweightCallback):
-    "All that the callback does in a step but its virtual passes."
-    _fixed = None
-    def _meta_gradient(self, at):
-        self._log(meta_loss=torch.zeros(()))
-        self._fixed = self._fixed or {k: p.detach() for k,p in self._params.items()}
-        return self._fixed
-    def _alignment(self, batch, direction, losses=None): return torch.ones(len(batch[1][-1]), device=self._device())
+    "All that the callback does in a step but its virtual passes, and following the tape."
+    def begin_fit(self):
+        super().begin_fit()
+        fit,fixed = self.this_fit,{k: p.detach() for k,p in self.this_fit.params.items()}
+        def meta_gradient_at(at, step):
+            fit.epoch.add(meta_loss=torch.zeros(()))
+            return fixed
+        fit.meta_gradient_at = meta_gradient_at
+        self.routes.after_pass = lambda own, aligned, losses, *args: Aligned(torch.ones_like(losses.detach()), losses, route='own pass')
 
 def by_hand(step):
     "A training loop around `step(batch, trusted)`, which gives the weights."
@@ -240,7 +243,7 @@ VARIANTS = { # what makes it, and by how many plain steps it is bounded from bel
     'skip_zeros':      (ours(skip_zeros=True), None), # 1 + f + m/n for a share f of positive weights
     'params=head':     (ours(params=head), None),
     'overhead':        (ours(WithoutPasses), lambda r: 1),
-    'meta-weight-net': (ours(MetaWeightNetCallback), lambda r: 3 + r),
+    'meta-weight-net': (ours(MetaWeightNetCallback), lambda r: 7/3 + r),
     'higher':          (by_hand(higher_step), None),
     'torchopt':        (by_hand(torchopt_step), None),
     'betty':           (betty, None), # Meta-Weight-Net, too
@@ -264,7 +267,8 @@ def floating_operations(run):
     "Those of one step, by PyTorch's counter: what two steps take beyond one, so that what comes once in a fit is left out."
     counts = []
     for steps in (1, 2):
-        with FlopCounterMode(display=False) as counter: run(steps)
+        counter = FlopCounterMode(display=False)
+        with _FlopCounterMode(counter): run(steps) # by itself it also follows modules with hooks, which would change what is counted
         counts.append(counter.get_total_flops())
     return counts[1] - counts[0]
 

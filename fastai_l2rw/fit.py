@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['naming', 'all_finite', 'not_finite_items', 'Step', 'Epoch', 'Checkpoint', 'Fit']
 
-# %% ../nbs/10_fit.ipynb #97f0f552
-import weakref
+# %% ../nbs/10_fit.ipynb #562a9597
+import warnings, weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from fastai.callback.core import CancelFitException
 from fastai.optimizer import Optimizer
 from fastai.torch_core import one_param
 from fastcore.basics import patch
 
-from .engines.passes import derived_seed, find_traces, forked_random, gradients, model_device, virtual_pass
+from .engines.passes import find_traces, forked_random, gradients, virtual_pass
 from .engines.routes import Aligned, Engine
 from .engines.rules import NoForwardDerivative
 from .engines.skip_zeros import acts_on_others, coupling_layer, losses_act_on_others, rows_of
@@ -33,7 +33,7 @@ from .reweight import effective_sample_size, meta_gradient, normalise, weighted_
 from .trusted import TrustedBatches, check_labels, check_meta_dl, class_names, describe_batch, label_kind, plain_tensors
 from .weighers import output_gradient_norms
 
-# %% ../nbs/10_fit.ipynb #e6c42177
+# %% ../nbs/10_fit.ipynb #35bd1cf2
 @contextmanager
 def naming(
     where:Callable, # Gives the place, in words
@@ -63,7 +63,7 @@ def not_finite_items(
     tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.numel() and (t.is_floating_point() or t.is_complex())]
     return torch.stack([~t.isfinite().reshape(len(t), -1).all(1) for t in tensors]).any(0).nonzero().flatten().tolist() if tensors else []
 
-# %% ../nbs/10_fit.ipynb #3419210f
+# %% ../nbs/10_fit.ipynb #3c0fa2bc
 @dataclass(eq=False)
 class Step:
     "A training step: made when the batch and the learning rates are ready, dropped when the next begins."
@@ -111,7 +111,7 @@ class Step:
         "The step's batch, in words."
         return f'batch {self.iter} of the training loader in epoch {self.epoch} ({describe_batch(self.batch)})'
 
-# %% ../nbs/10_fit.ipynb #9ff54919
+# %% ../nbs/10_fit.ipynb #4f81bbc7
 @dataclass
 class Epoch:
     "An epoch of training: sums of the figures that the progress table shows."
@@ -131,7 +131,7 @@ class Epoch:
         "The means by now."
         return [float(self.sums[k])/self.counts[k] if k in self.sums else float('nan') for k in self.names]
 
-# %% ../nbs/10_fit.ipynb #16b4e8ba
+# %% ../nbs/10_fit.ipynb #27adc3c0
 class _Left(dict):
     "What a callback of this process has left; on disk it is a plain dictionary."
     def __init__(self, content, owner):
@@ -140,7 +140,7 @@ class _Left(dict):
     def __reduce__(self): return OrderedDict,(list(self.items()),) # which `torch.load` takes for harmless
     def __deepcopy__(self, memo): return deepcopy(dict(self), memo)
 
-# %% ../nbs/10_fit.ipynb #c8a60d78
+# %% ../nbs/10_fit.ipynb #1e085829
 class Checkpoint:
     "A few values, where `learn.save` and `learn.load` find them."
     key = 'meta_reweight'
@@ -166,7 +166,7 @@ class Checkpoint:
         "Take it away."
         for state in self.bare.state.values(): state.pop(self.key, None)
 
-# %% ../nbs/10_fit.ipynb #79cf5ed1
+# %% ../nbs/10_fit.ipynb #1825658e
 class Fit:
     "What lives as long as a fit; raises what is wrong with the trusted loader, the model or the loss before a training batch is read."
     def __init__(self,
@@ -193,6 +193,9 @@ class Fit:
         check_meta_dl(owner.meta_dl, learn.dls)
         self.trusted = TrustedBatches(self.find_meta_dl(), self.device, getattr(learn.dls, 'n_inp', None), class_names(learn.dls), self.seed, owner.augment)
         if owner.lookahead == 'opt': check_lookahead(learn.opt, self.params)
+        late = [k for k,p in self.params.items() if getattr(p, '_post_accumulate_grad_hooks', None)]
+        if late: warnings.warn(f'{late[0]} has a hook that runs after its gradient is accumulated. Should it change the gradient, the weights know nothing of that: '
+            'Tensor.register_hook is taken into account.')
         self.try_out()
 
     def resume(self, seed):
@@ -264,7 +267,7 @@ class Fit:
         if self.items is not None: self.items.close()
         self.step = self.items = self.trusted = self.owner = self.learn = None
 
-# %% ../nbs/10_fit.ipynb #98ff5910
+# %% ../nbs/10_fit.ipynb #57b697fe
 @patch
 def describe_trusted(self:Fit)->str:
     "The trusted batch at hand, in words."
@@ -308,7 +311,7 @@ def check_skippable(self:Fit):
     if any(type(cb).__name__ == 'RNNCallback' for cb in self.learn.cbs):
         raise ValueError("skip_zeros=True can't be used with RNNCallback, whose regularizer takes all examples of a batch into account")
 
-# %% ../nbs/10_fit.ipynb #1a24c801
+# %% ../nbs/10_fit.ipynb #bf0b5a45
 @patch
 def begin_epoch(self:Fit, epoch:int):
     "Begin an epoch of training."
@@ -321,9 +324,9 @@ def begin_epoch(self:Fit, epoch:int):
     self.items = BatchItems(self.learn.dls.train)
     self.weigher.check_items(self.items.why)
 
-# %% ../nbs/10_fit.ipynb #6368ce88
+# %% ../nbs/10_fit.ipynb #313586b7
 @patch
-def meta_gradient(self:Fit, at, step:Step)->dict:
+def meta_gradient_at(self:Fit, at, step:Step)->dict:
     "The gradient on the next trusted batch, at parameters `at`."
     with naming(self.describe_trusted):
         step.meta_batch = self.next_trusted()
@@ -332,7 +335,7 @@ def meta_gradient(self:Fit, at, step:Step)->dict:
     return gradient
 
 @patch
-def weighted_gradient(self:Fit, step:Step, weigh:Callable)->dict:
+def weighted_gradient_of(self:Fit, step:Step, weigh:Callable)->dict:
     "The gradient of the weighted losses of the step's batch, through the graph of the Learner's own pass if there is one."
     if step.losses is not None:
         loss = step.scale*(weigh(step.losses.detach())*step.losses).sum()
@@ -344,7 +347,7 @@ def weighted_gradient(self:Fit, step:Step, weigh:Callable)->dict:
     with naming(step.describe):
         return weighted_gradient(self.model, scaled, step.batch, lambda o: weigh(o/step.scale), list(self.groups), self.changing)[0]
 
-# %% ../nbs/10_fit.ipynb #76947096
+# %% ../nbs/10_fit.ipynb #9baec24f
 @patch
 def before_pass(self:Fit):
     "Begin a step, and do what has to be done before the Learner's pass."
@@ -359,7 +362,7 @@ def before_pass(self:Fit):
             self.whole, autocast=self.autocast(), changing=self.changing)
     if self.owner.skip_zeros: self.weigh_before(step)
 
-# %% ../nbs/10_fit.ipynb #ffa8d34d
+# %% ../nbs/10_fit.ipynb #842be836
 @patch
 def after_loss(self:Fit):
     "Weigh the batch that the Learner has predicted, and put the weighted loss in the place of the mean loss."
@@ -427,7 +430,7 @@ def check_finite(self:Fit, step:Step, alignments:Tensor):
     raise FloatingPointError(f'{step.describe()}: the alignments of its item(s) {bad} with {self.describe_trusted()} are NaN or infinite, although '
         'the model and both batches are finite. Does the loss, or a layer, overflow or divide by zero?')
 
-# %% ../nbs/10_fit.ipynb #30a1532b
+# %% ../nbs/10_fit.ipynb #846fad7a
 @patch
 def weigh_before(self:Fit, step:Step):
     "Compute the weights before the Learner's pass, and let that run on few examples."

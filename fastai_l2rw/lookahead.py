@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .reweight import scale_gradient
 
-# %% ../nbs/01_lookahead.ipynb #5e74f2bc
+# %% ../nbs/01_lookahead.ipynb #aa1f8df4
 def bare_optimizer(
     opt:torch.optim.Optimizer, # PyTorch's or fastai's optimizer
 )->torch.optim.Optimizer: # The innermost
@@ -98,7 +98,7 @@ def check_lookahead(
     if not still and not any(v.any() for v in pull_back({k: torch.ones_like(p) for k,p in at.items()}).values()):
         _refuse(opt, 'the derivative of its step is zero everywhere, as where only the sign of the gradient counts')
 
-# %% ../nbs/01_lookahead.ipynb #06a48fa3
+# %% ../nbs/01_lookahead.ipynb #ddb0ceb5
 class SGDStep:
     "A look-ahead along a step of plain SGD, whatever the optimizer is (Ren et al. 2018, eq. 5)."
     def __init__(self,

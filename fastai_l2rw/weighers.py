@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .engines.passes import forked_random
-from .reweight import normalise, rectify
+from .reweight import rectify
 
 # %% ../nbs/08_weighers.ipynb #42cf8b89
 def output_gradient_norms(
@@ -70,7 +70,7 @@ def in_mean_units(
     size = alignments.abs().mean()
     return alignments/(size + (size == 0))
 
-# %% ../nbs/08_weighers.ipynb #fd01e867
+# %% ../nbs/08_weighers.ipynb #1f709f62
 class Relative:
     "Divides alignments by the length of the gradient at the output."
     def __call__(self,
@@ -148,7 +148,7 @@ def transforms_for(
     if margin: chain.append(Margin(margin))
     return chain
 
-# %% ../nbs/08_weighers.ipynb #5885c2f8
+# %% ../nbs/08_weighers.ipynb #55663382
 class AlignmentWeigher:
     "Weights in proportion to positive alignments with the gradient on a trusted batch (Ren et al. 2018, Algorithm 1)."
     needs_losses = False # can the direction be known before the losses of the batch?
@@ -175,7 +175,7 @@ class AlignmentWeigher:
     )->dict: # By parameter name
         "The direction of the look-ahead."
         at,pull_back = fit.lookahead()
-        gradient = fit.meta_gradient(at, step) if self.n % self.every == 0 else self.gradient
+        gradient = fit.meta_gradient_at(at, step) if self.n % self.every == 0 else self.gradient
         self.n += 1
         self.gradient = gradient if self.every > 1 else None # its memory is better used by the training step
         return pull_back(gradient)
@@ -202,7 +202,7 @@ class AlignmentWeigher:
         for t in self.transforms:
             if resumed and hasattr(t, 'load'): t.load(state, n_items)
 
-# %% ../nbs/08_weighers.ipynb #444a296a
+# %% ../nbs/08_weighers.ipynb #ef59d9d5
 class LossWeigher:
     "Weights as a function of the loss, which is learned on trusted examples (Meta-Weight-Net, Shu et al. 2019, Algorithm 1)."
     needs_losses = True
@@ -255,9 +255,9 @@ class LossWeigher:
         fit, # The fit
     )->dict: # By parameter name
         "The direction of the look-ahead, from where a step with the net's weights leads."
-        gradient = fit.weighted_gradient(step, lambda losses: self.weigh(losses, fit).detach())
+        gradient = fit.weighted_gradient_of(step, lambda losses: self.weigh(losses, fit).detach())
         at,pull_back = fit.lookahead(gradient)
-        return pull_back(fit.meta_gradient(at, step))
+        return pull_back(fit.meta_gradient_at(at, step))
 
     def weights(self,
         alignments:Tensor, # Shape (n,)

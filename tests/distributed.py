@@ -2,7 +2,7 @@
 import os, sys
 from pathlib import Path
 import torch
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, noop, set_seed
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, set_seed
 from torch.distributed import barrier, destroy_process_group, get_rank, init_process_group
 from fastai_l2rw.all import MetaReweightCallback
 from conftest import cnn, images, labels, make_dls, tensors, train

@@ -8,7 +8,7 @@ from copy import deepcopy
 import numpy as np, torch
 from fastai.basics import Callback, DataLoaders, Datasets, Learner, SGD, TfmdDL, noop, set_seed
 from fastai.callback.all import ProgressCallback
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader as TorchLoader, TensorDataset
 
 from fastai_l2rw.all import MetaReweightCallback

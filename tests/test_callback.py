@@ -40,12 +40,12 @@ class Spy(Callback):
 def used(monkeypatch):
     "The trusted batches and the weights that the callback used, in order."
     log = SimpleNamespace(meta=[], weights=[])
-    gradient,normalised = Fit.meta_gradient,Fit.normalise
+    gradient,normalised = Fit.meta_gradient_at,Fit.normalise
     def meta_gradient(fit, at, step):
         found = gradient(fit, at, step)
         log.meta.append(step.meta_batch)
         return found
-    monkeypatch.setattr(Fit, 'meta_gradient', meta_gradient)
+    monkeypatch.setattr(Fit, 'meta_gradient_at', meta_gradient)
     monkeypatch.setattr(Fit, 'normalise', lambda fit, w: (log.weights.append(normalised(fit, w)), log.weights[-1])[1])
     return log
 
@@ -247,12 +247,12 @@ def test_without_recorder_and_default_callbacks(make_learner):
 
 def test_frozen_parameters_are_not_looked_along(make_learner, monkeypatch):
     looked = []
-    original = Fit.meta_gradient
-    monkeypatch.setattr(Fit, 'meta_gradient', lambda fit, names, step: (looked.append(set(names)), original(fit, names, step))[1])
+    original = Fit.meta_gradient_at
+    monkeypatch.setattr(Fit, 'meta_gradient_at', lambda fit, names, step: (looked.append(set(names)), original(fit, names, step))[1])
     learn = make_learner(MetaReweightCallback(), splitter=split, train_bn=False)
     everything = {k for k,_ in learn.model.named_parameters()}
     learn.freeze(); learn.fit(1)
-    frozen = parameters(learn)
+    parameters(learn)
     assert looked[-1] == {'1.3.weight', '1.3.bias'}
     learn.unfreeze(); learn.fit(1)
     assert looked[-1] == everything
@@ -278,7 +278,7 @@ def test_every(make_learner, used):
 
 def test_every_takes_a_new_gradient_at_the_first_step_and_every_kth(make_learner, monkeypatch):
     events = []
-    for owner,name in ((Fit, 'meta_gradient'), (fastai_l2rw.engines.routes, 'separate_pass')):
+    for owner,name in ((Fit, 'meta_gradient_at'), (fastai_l2rw.engines.routes, 'separate_pass')):
         original = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, name=name, original=original, **kw: (events.append(name[0]), original(*a, **kw))[1])
     learn = make_learner(MetaReweightCallback(every=3, engine='forward')); learn.fit(1)

@@ -4,15 +4,12 @@ from copy import deepcopy
 from pathlib import Path
 
 import numpy as np, pytest, torch
-from fastai.basics import Callback, CancelStepException, SGD, accuracy, error_rate, noop, set_seed
+from fastai.basics import Callback, CancelStepException, accuracy, error_rate, noop
 from fastai.callback.all import (BnFreeze, CSVLogger, CollectDataCallback, CutMix, EarlyStoppingCallback, FetchPredsCallback, GradientAccumulation, GradientClip, MixUp, ParamScheduler,
     ProgressCallback, ReduceLROnPlateau, SaveModelCallback, SchedCos, ShowGraphCallback, TerminateOnNaNCallback)
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import ShortEpochCallback
-from fastai.data.all import DataLoaders
-from fastai.callback.data import WeightedDL
-from torch import nn
 
 import fastai_l2rw.weighers
 from fastai_l2rw.all import *

@@ -10,8 +10,8 @@ from torch import nn
 
 from fastai_l2rw.all import MetaReweightCallback
 from fastai_l2rw.data import cifar10
-from fastai_l2rw.data.cifar10 import ShiftFlip, cifar10_block, cifar10_dls, cifar10_table, cifar10n
-from fastai_l2rw.data.folders import check_images, image_files
+from fastai_l2rw.data.cifar10 import ShiftFlip, cifar10_dls, cifar10_table, cifar10n
+from fastai_l2rw.data.folders import image_files
 from fastai_l2rw.data.ham10000 import verify
 
 classes = 'airplane automobile bird cat deer dog frog horse ship truck'.split()

@@ -1,10 +1,9 @@
 "Images and tables of any kind."
-import io
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.torch_core import TensorImage
 from fastai.vision.core import PILImage
-from PIL import Image, ImageFile
+from PIL import Image
 
 from fastai_l2rw.data.folders import OpenRGB, check_images, image_files, image_problems, labels_from_csv, open_rgb, read_table
 

@@ -5,15 +5,14 @@ from pathlib import Path
 
 import numpy as np, pytest, torch
 from fastai.basics import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
-    CancelValidException, Learner, accuracy, noop, set_seed)
+    CancelValidException, Learner, accuracy)
 from fastai.callback.all import CSVLogger, MixUp, SaveModelCallback
-from fastai.losses import CrossEntropyLossFlat
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader as TorchLoader, Dataset, IterableDataset, TensorDataset
 
 from fastai_l2rw.all import *
-from conftest import Augment, cnn, images, labels, make_dls, meta, train
+from conftest import Augment, cnn, images, labels, make_dls, meta
 
 def torch_loader(items=meta, bs=12, **kwargs): return TorchLoader(TensorDataset(images[items], torch.tensor(labels[items])), bs, **kwargs)
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest, torch
 from fastai import optimizer as fo
-from fastai.basics import Callback, DataLoaders, Learner, TrainEvalCallback, noop, set_seed
+from fastai.basics import Callback, DataLoaders, Learner, TrainEvalCallback, set_seed
 from fastai.callback.all import GradientAccumulation, ParamScheduler, SchedLin
 from fastai.optimizer import OptimWrapper
 from torch import nn
@@ -156,10 +156,10 @@ def test_sgd_is_the_default_and_the_same_for_plain_sgd(tmp_path):
 
 def test_every_pulls_an_old_gradient_back_through_the_new_state(tmp_path, monkeypatch):
     gradients,directions = [],[]
-    original,aligned = Fit.meta_gradient,Engine.before_pass
-    monkeypatch.setattr(Fit, 'meta_gradient', lambda *args: (gradients.append(original(*args)), gradients[-1])[1])
+    original,aligned = Fit.meta_gradient_at,Engine.before_pass
+    monkeypatch.setattr(Fit, 'meta_gradient_at', lambda *args: (gradients.append(original(*args)), gradients[-1])[1])
     monkeypatch.setattr(Engine, 'before_pass', lambda e, m, p, b, v, *more, **kw: (directions.append(v), aligned(e, m, p, b, v, *more, **kw))[1])
-    learn = learner(fo.Adam, tmp_path, [cb := MetaReweightCallback(lookahead='opt', every=2, engine='forward')])
+    learn = learner(fo.Adam, tmp_path, [_cb := MetaReweightCallback(lookahead='opt', every=2, engine='forward')])
     pulled = []
     def expect(self): pulled.append(virtual_step(self.opt, dict(self.model.named_parameters()))[1](gradients[(self.iter + 1)//2 + 2*self.epoch - (self.iter == 1)]))
     learn.add_cb(Callback(before_batch=lambda self: expect(self) if self.training else None))

@@ -19,7 +19,7 @@ import fastai_l2rw.weighers
 from fastai_l2rw.all import *
 from fastai_l2rw.engines.routes import Engine, along_output
 from fastai_l2rw.engines.tape import OwnPass, Tape
-from conftest import Augment, cnn, make_dls, tensors
+from conftest import cnn, tensors
 
 def timm_model(name, **kwargs): return pytest.importorskip('timm').create_model(name, num_classes=3, **kwargs)
 

@@ -8,7 +8,7 @@ from torchvision.models import resnet18
 
 from fastai_l2rw.fit import Fit
 from fastai_l2rw.all import *
-from conftest import Augment, cnn, make_dls
+from conftest import Augment, make_dls
 
 class Counted(nn.Module):
     "Counts its calls, and has noise of its own."
@@ -102,14 +102,14 @@ def test_by_hand(make_learner):
         expected = normalise(rectify(each @ vectors[-1]))
         torch.testing.assert_close(cb.step.weights, torch.as_tensor(expected), rtol=1e-3, atol=1e-5)
         seen.clear(); self.n = getattr(self, 'n', 0) + 1
-    taken,vectors = Fit.meta_gradient,[]
+    taken,vectors = Fit.meta_gradient_at,[]
     def note(*args):
         gradient = taken(*args)
         vectors.append(torch.cat([g.flatten() for g in gradient.values()]))
         return gradient
     def watch(self): self.model[1].register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()) if args[0].requires_grad else None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Fit, 'meta_gradient', note)
+        patch.setattr(Fit, 'meta_gradient_at', note)
         learn.fit(1, cbs=[cb := Callback(before_train=watch, after_loss=check)])
     assert cb.n == len(learn.dls.train)
 

@@ -1,9 +1,8 @@
 "The report's experiments on small folders in the layouts of the real ones: what is read when, and what comes out."
-import json, shutil, subprocess, sys, warnings
+import json, shutil, subprocess, sys
 from pathlib import Path
 from urllib.error import URLError
 import numpy as np, pandas as pd, pytest, torch
-from PIL import Image
 
 from fastai_l2rw.studies.training import *
 from fastai_l2rw.studies.grids import *

@@ -8,7 +8,7 @@ from fastai.basics import (Callback, CategoryBlock, DataBlock, DataLoaders, Lear
 from fastai.callback.all import GradientClip, MixUp
 from fastai.callback.data import WeightedDL
 from fastai.losses import CrossEntropyLossFlat, FocalLossFlat
-from fastai.tabular.all import Categorify, TabularDataLoaders, TabWeightedDL, tabular_learner
+from fastai.tabular.all import Categorify, TabularDataLoaders, TabWeightedDL
 from fastai.text.all import BaseTokenizer, ColReader, TextBlock
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
@@ -107,7 +107,7 @@ def test_searching_a_learning_rate_leaves_the_weight_net(make_learner):
     learn = make_learner(MetaWeightNetCallback())
     learn.lr_find(show_plot=False, num_it=8)
     learn.fit(1)
-    plain = make_learner(MetaWeightNetCallback())
+    make_learner(MetaWeightNetCallback())
     before = net_of(learn)
     learn.lr_find(show_plot=False, num_it=8)
     assert same(before, net_of(learn)) and len(learn.meta_weight_net.weigher.optimizer.state) == 4

@@ -7,7 +7,7 @@ from torch import nn
 
 import fastai_l2rw.weighers
 from fastai_l2rw.all import *
-from conftest import Augment, Oracle, Seen, cnn, make_dls
+from conftest import Augment, Oracle, Seen, make_dls
 
 class Rows(nn.Module):
     "A CNN without batch norm that notes how many rows it is given with gradients on."

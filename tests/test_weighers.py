@@ -1,7 +1,7 @@
 "The options that steady weights, against histories kept by hand and gradients of single examples."
 import pytest, torch
 from copy import deepcopy
-from fastai.basics import Callback, CancelFitException, DataLoaders, Learner, SGD, set_seed
+from fastai.basics import Callback, CancelFitException, DataLoaders, SGD, set_seed
 from fastai.callback.all import MixUp, SaveModelCallback
 from torch import nn
 

@@ -6,7 +6,7 @@
 __all__ = ['item_losses', 'Aligned', 'along_graph', 'item_by_item', 'separate_pass', 'along_output', 'agrees_with_graph',
            'is_compared', 'Engine', 'hooked_parameter']
 
-# %% ../../nbs/05_engines.routes.ipynb #2b80be05
+# %% ../../nbs/05_engines.routes.ipynb #5c7472ae
 import re, warnings
 from collections import Counter
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from .passes import as_tuple, batch_size, gradients, is_compiled, plain_kernels, recurrent_layers, run, virtual_pass
 from .rules import DualPass, GradientInside, NoForwardDerivative, plain_tensor, without_both
 from .tape import InDoubt, OwnPass
 
-# %% ../../nbs/05_engines.routes.ipynb #b3be715f
+# %% ../../nbs/05_engines.routes.ipynb #e6daa26d
 def item_losses(
     losses:Tensor, # What the loss function returned with `reduction='none'`: batch first, or flattened from that
     n_items:int, # Number of items in the batch
@@ -42,7 +42,7 @@ class Aligned:
     output:object=None # What the model gave, without history
     route:str='separate pass' # How they were found
 
-# %% ../../nbs/05_engines.routes.ipynb #0e60b8c7
+# %% ../../nbs/05_engines.routes.ipynb #97e87b20
 def _missing_operator(error):
     "The operator that PyTorch could not differentiate in forward mode, or `None` if `error` says something else."
     if found := re.search(r'forward AD with (\S+) that', str(error)): return found[1]
@@ -82,7 +82,7 @@ def _reverse(model, loss_func, batch, direction, inside):
 
 _engines = dict(forward=_forward, reverse=_reverse)
 
-# %% ../../nbs/05_engines.routes.ipynb #2559145b
+# %% ../../nbs/05_engines.routes.ipynb #0e028ab5
 def along_graph(
     losses:Tensor, # Shape (n,), with a history
     inputs:list[Tensor], # What they depend on
@@ -117,7 +117,7 @@ def item_by_item(
     found = [gradients([l], inputs, retain_graph=True) for l in losses]
     return torch.stack([sum(_inner(g, v) for g,v in zip(gs, tangents) if v is not None) + l.detach()*0 for gs,l in zip(found, losses)])
 
-# %% ../../nbs/05_engines.routes.ipynb #67db7d51
+# %% ../../nbs/05_engines.routes.ipynb #74f2d154
 def separate_pass(
     model:nn.Module, # Model, in the mode (train or eval) that its passes shall run in
     loss_func:Callable, # `loss_func(output, *targets)` gives one loss, or several, per item
@@ -132,7 +132,7 @@ def separate_pass(
     inside = partial(virtual_pass, model, autocast=autocast, changing=changing)
     with plain_kernels(bool(recurrent_layers(model))): return _engines[engine](model, loss_func, batch, direction, inside)
 
-# %% ../../nbs/05_engines.routes.ipynb #895206ee
+# %% ../../nbs/05_engines.routes.ipynb #bc862605
 def _history(tensor, ends, limit=2000):
     "The nodes of a tensor's graph, up to those in `ends`, and the ends that it meets; raises `InDoubt` if there are more than `limit`."
     nodes,met,todo = set(),set(),[tensor.grad_fn]
@@ -147,7 +147,7 @@ def _history(tensor, ends, limit=2000):
         todo += [o for o,_ in node.next_functions]
     return nodes,met
 
-# %% ../../nbs/05_engines.routes.ipynb #89afdec0
+# %% ../../nbs/05_engines.routes.ipynb #d9725aad
 def along_output(
     losses:Tensor, # Shape (n,), with a history
     own:OwnPass, # The pass that they come from
@@ -165,7 +165,21 @@ def along_output(
     try: return along_graph(losses, outputs, tangents, retain_graph=True)
     except NotImplementedError: return item_by_item(losses, outputs, tangents)
 
-# %% ../../nbs/05_engines.routes.ipynb #62338f58
+# %% ../../nbs/05_engines.routes.ipynb #6e93c002
+def _along(losses, c, inputs, tangents):
+    "The gradient of the sum of losses times `c` along a direction, and its squared length; the gradient itself is let go as it comes."
+    along,square = [],[]
+    def take(g, v):
+        along.append(_inner(g, v))
+        square.append(float((g.coalesce().values() if g.is_sparse else g).abs().square().sum()))
+        if not g.is_sparse: return torch.zeros((), dtype=g.dtype, device=g.device).expand_as(g)
+    hooks = [p.register_hook(partial(take, v=v)) for p,v in zip(inputs, tangents)]
+    try: gradients([losses], inputs, [c], retain_graph=True)
+    finally:
+        for hook in hooks: hook.remove()
+    return sum(along, losses.new_zeros(())),sum(square)
+
+# %% ../../nbs/05_engines.routes.ipynb #164e3927
 def agrees_with_graph(
     alignments:Tensor, # What is to be checked, shape (n,)
     losses:Tensor, # Shape (n,), with the history of the Learner's own pass
@@ -179,13 +193,12 @@ def agrees_with_graph(
     size = sum(float(v.abs().square().sum()) for v in tangents)**0.5
     for _ in range(times):
         c = torch.randn(len(losses), generator=generator).to(losses)
-        found = gradients([losses], inputs, [c], retain_graph=True)
-        expected = sum(_inner(g, v) for g,v in zip(found, tangents))
-        rounding = 1e-6*size*sum(float(g.abs().square().sum()) for g in found)**0.5
+        expected,square = _along(losses, c, inputs, tangents)
+        rounding = 1e-6*size*square**0.5
         if not abs(float((c*alignments).sum() - expected)) <= tolerance*float(alignments.norm()) + rounding: return False
     return True
 
-# %% ../../nbs/05_engines.routes.ipynb #4c4ecd01
+# %% ../../nbs/05_engines.routes.ipynb #724a2ee2
 def is_compared(
     n:int, # Number of a step
 )->bool: # Is it 0 or a power of four?

@@ -8,7 +8,7 @@ __all__ = ['rules', 'takes_gradient', 'sets_hook', 'Rule', 'rule', 'plain_tensor
            'attention_rule', 'embedding_rule', 'sum_rule', 'product_of_two_rule', 'relu_rule', 'max_pool_rule',
            'activation_rule', 'dropout_rule', 'GradientInside', 'DualPass']
 
-# %% ../../nbs/03_engines.rules.ipynb #7b6e15e8
+# %% ../../nbs/03_engines.rules.ipynb #cb73d961
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from .passes import Exchange, own_attention
 
-# %% ../../nbs/03_engines.rules.ipynb #3b93e9ec
+# %% ../../nbs/03_engines.rules.ipynb #cdbbc905
 @dataclass
 class Rule:
     "How tangents pass through an operator."
@@ -66,7 +66,7 @@ def graph_node(
     while type(node).__name__ == 'AliasBackward0': node = node.next_functions[0][0]
     return node
 
-# %% ../../nbs/03_engines.rules.ipynb #0c71da3e
+# %% ../../nbs/03_engines.rules.ipynb #25c44671
 def without_both(
     operator:str, # Name of an operator, as PyTorch reports it
 )->str: # What to do then, empty for others
@@ -83,12 +83,12 @@ class NoForwardDerivative(NotImplementedError):
         super().__init__(f"engine='forward' can't be used: {operator} has no forward-mode derivative in PyTorch {torch.__version__}. "
             f"{without_both(operator) or 'Use engine=' + repr('reverse') + ', which is exact as well, but slower.'}")
 
-# %% ../../nbs/03_engines.rules.ipynb #374e2417
+# %% ../../nbs/03_engines.rules.ipynb #9ab81098
 with warnings.catch_warnings(), forward_ad.dual_level(): # the first dual number makes PyTorch load what warns of itself
     warnings.simplefilter('ignore', FutureWarning)
     forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
-# %% ../../nbs/03_engines.rules.ipynb #4ee5013b
+# %% ../../nbs/03_engines.rules.ipynb #dcb134ec
 def _in_parts(f, *xs):
     "`f` of batches, a part after the other."
     y,at = None,0
@@ -104,7 +104,8 @@ def _in_parts(f, *xs):
 
 def _product_tangent(op, x, w, dx, dw, db, *args, **kwargs):
     "Tangent of `op(x, w, b, ...)`; `None` stands for a tangent of zero."
-    if dx is not None and dw is not None and op is not F.linear and x.ndim == w.ndim and x.numel() > 2**20:
+    if dw is not None and op is not F.linear and x.ndim == w.ndim and x.numel() > 2**20:
+        if dx is None: return _in_parts(lambda x: op(x, dw, db, *args, **kwargs), x)
         return _in_parts(lambda x, dx: op(x, dw, db, *args, **kwargs).add_(op(dx, w, None, *args, **kwargs)), x, dx)
     if dw is None: return op(torch.zeros_like(x) if dx is None else dx, w, db, *args, **kwargs)
     dy = op(x, dw, db, *args, **kwargs)
@@ -114,14 +115,14 @@ def _product_tangent(op, x, w, dx, dw, db, *args, **kwargs):
     else: dy += op(dx, w, None, *args, **kwargs)
     return dy
 
-# %% ../../nbs/03_engines.rules.ipynb #3f56d39d
+# %% ../../nbs/03_engines.rules.ipynb #0222834e
 @rule(F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, keeps='inputs', own_memory=True)
 def product_rule(op, out, input, weight, bias=None, *args, **kwargs):
     "Of what is linear in its input and in its parameters."
     x,w = plain_tensor(input),plain_tensor(weight)
     return lambda input, weight, bias=None, *args, **kwargs: _product_tangent(op, x, w, input, weight, bias, *args, **kwargs)
 
-# %% ../../nbs/03_engines.rules.ipynb #58dbde15
+# %% ../../nbs/03_engines.rules.ipynb #dee26cc2
 def _product_dual(op, input, weight, bias=None, *args, **kwargs):
     (x,dx),(w,dw),(b,db) = value_and_tangent(input, weight, bias)
     if dx is None and dw is None: return op(input, weight, bias, *args, **kwargs)
@@ -129,7 +130,7 @@ def _product_dual(op, input, weight, bias=None, *args, **kwargs):
 
 product_rule.dual = _product_dual
 
-# %% ../../nbs/03_engines.rules.ipynb #03d1d61b
+# %% ../../nbs/03_engines.rules.ipynb #792f8c0d
 def _batch_norm_tangent(x, weight, mean, scale, eps, dx, dweight, dbias, spare=False):
     "Given the batch's `mean` and one over its standard deviation, `scale`; `None` stands for zero. Is the memory of `dx` to spare?"
     dweight,dbias = [torch.zeros_like(mean) if o is None else o for o in (dweight, dbias)]
@@ -143,7 +144,7 @@ def _batch_norm_tangent(x, weight, mean, scale, eps, dx, dweight, dbias, spare=F
         part += F.batch_norm(of, mean, scale**-2, dweight, dbias, eps=0.)
     return dy
 
-# %% ../../nbs/03_engines.rules.ipynb #c15ec8a3
+# %% ../../nbs/03_engines.rules.ipynb #62a3eac5
 @rule(F.batch_norm, keeps='inputs', own_memory=True, takes_spare=True)
 def batch_norm_rule(op, out, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     "Of a norm by the batch's statistics, which the graph has kept."
@@ -154,7 +155,7 @@ def batch_norm_rule(op, out, input, running_mean, running_var, weight=None, bias
         return _batch_norm_tangent(x, w, mean, scale, eps, input, weight, bias, spare)
     return tangent
 
-# %% ../../nbs/03_engines.rules.ipynb #306353f0
+# %% ../../nbs/03_engines.rules.ipynb #64d14a69
 def _batch_norm_dual(op, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     (x,dx),(w,dw),(b,db) = value_and_tangent(input, weight, bias)
     if not training or x.numel() == x.shape[1] or (dx is None and dw is None and db is None):
@@ -179,12 +180,12 @@ def _layer_norm_dual(op, input, normalized_shape, weight=None, bias=None, eps=1e
         dy += op(x, normalized_shape, dw, db, eps)
     return forward_ad.make_dual(y, dy)
 
-# %% ../../nbs/03_engines.rules.ipynb #9e0902cd
+# %% ../../nbs/03_engines.rules.ipynb #0e625f97
 @rule(F.layer_norm, dual=_layer_norm_dual)
 def layer_norm_rule(op, out, *args, **kwargs):
     "Along the Learner's own pass, a call of layer norm is computed again with dual numbers."
 
-# %% ../../nbs/03_engines.rules.ipynb #00f197ca
+# %% ../../nbs/03_engines.rules.ipynb #67482d6b
 def _attention_tangent(q, k, v, mask, is_causal, scale, dq, dk, dv):
     factor = q.shape[-1]**-0.5 if scale is None else scale
     scores = q @ k.transpose(-2, -1) * factor
@@ -208,12 +209,12 @@ def _attention_dual(op, query, key, value, attn_mask=None, dropout_p=0., is_caus
     tangent = _attention_tangent(q, k, v, mask, is_causal, scale, dq, dk, dv)
     return forward_ad.make_dual(out, torch.empty_like(out).copy_(tangent))
 
-# %% ../../nbs/03_engines.rules.ipynb #b1dfd913
+# %% ../../nbs/03_engines.rules.ipynb #84745b1d
 @rule(F.scaled_dot_product_attention, dual=_attention_dual, random=True)
 def attention_rule(op, out, *args, **kwargs):
     "Along the Learner's own pass, a call of attention is computed again with dual numbers."
 
-# %% ../../nbs/03_engines.rules.ipynb #23e0e183
+# %% ../../nbs/03_engines.rules.ipynb #129d7e9e
 def _embedding_tangent(input, dweight, padding_idx):
     dy = F.embedding(input, dweight)
     return dy if padding_idx is None else dy.masked_fill((input == padding_idx % len(dweight))[..., None], 0)
@@ -224,7 +225,7 @@ def _embedding_dual(op, input, weight, padding_idx=None, max_norm=None, norm_typ
     if scale_grad_by_freq: raise NoForwardDerivative('an embedding with scale_grad_by_freq')
     return forward_ad.make_dual(op(input, w, padding_idx, max_norm, norm_type), _embedding_tangent(input, dw, padding_idx))
 
-# %% ../../nbs/03_engines.rules.ipynb #002d7045
+# %% ../../nbs/03_engines.rules.ipynb #be7dd409
 @rule(F.embedding, dual=_embedding_dual)
 def embedding_rule(op, out, input, weight, padding_idx=None, max_norm=None, norm_type=2., scale_grad_by_freq=False, sparse=False):
     "Of an embedding."
@@ -232,7 +233,7 @@ def embedding_rule(op, out, input, weight, padding_idx=None, max_norm=None, norm
     places = plain_tensor(input)
     return lambda input, weight, *args, **kwargs: _embedding_tangent(places, weight, padding_idx)
 
-# %% ../../nbs/03_engines.rules.ipynb #853b19ea
+# %% ../../nbs/03_engines.rules.ipynb #e67e8426
 @rule(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__, takes_spare=True)
 def sum_rule(op, out, a, b, *, alpha=1):
     "Of a sum."
@@ -254,11 +255,14 @@ def product_of_two_rule(op, out, a, b):
         return da*y if db is None else x*db if da is None else da*y + x*db
     return tangent
 
-@rule(F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, keeps='output')
-def relu_rule(op, out, x, inplace=False):
+@rule(F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, keeps='output', own_memory=True, takes_spare=True)
+def relu_rule(op, out, input, inplace=False):
     "Of the positive part."
     z = plain_tensor(out)
-    return lambda x, inplace=False: torch.ops.aten.threshold_backward(x, z, 0)
+    def tangent(input, inplace=False, spare=False):
+        if spare: return torch.ops.aten.threshold_backward.grad_input(input, z, 0, grad_input=input)
+        return torch.ops.aten.threshold_backward(input, z, 0)
+    return tangent
 
 @rule(torch.max_pool2d, F.max_pool2d)
 def max_pool_rule(op, out, *args, **kwargs):
@@ -268,10 +272,10 @@ def max_pool_rule(op, out, *args, **kwargs):
     places = node._saved_result1
     return lambda x, *args, **kwargs: x.flatten(-2).gather(-1, places.flatten(-2)).view(places.shape)
 
-# %% ../../nbs/03_engines.rules.ipynb #da96ac0c
+# %% ../../nbs/03_engines.rules.ipynb #2e321160
 _diagonal = {f'{o}Backward{i}' for i in (0, 1) for o in ('Silu','Gelu','Hardswish','Hardsigmoid','Hardtanh','LeakyRelu','Elu','Mish','Sigmoid','Tanh')}
 
-# %% ../../nbs/03_engines.rules.ipynb #e7376c3f
+# %% ../../nbs/03_engines.rules.ipynb #86fdb78a
 @rule(F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.hardtanh, F.relu6, F.leaky_relu, F.elu, F.mish,
       torch.sigmoid, torch.tanh, Tensor.sigmoid, Tensor.tanh)
 def activation_rule(op, out, *args, **kwargs):
@@ -286,7 +290,7 @@ def dropout_rule(op, out, *args, **kwargs):
     if type(node).__name__ == 'MulBackward0': return lambda input, *args, **kwargs: node(input)[0]
     if type(node).__name__ == 'NativeDropoutBackward0': return lambda input, *args, **kwargs: node(input)
 
-# %% ../../nbs/03_engines.rules.ipynb #c3ea7fc5
+# %% ../../nbs/03_engines.rules.ipynb #ab383300
 class GradientInside(Exception):
     "A model takes a gradient while it runs."
 

@@ -5,22 +5,21 @@
 # %% auto #0
 __all__ = ['InDoubt', 'operator_name', 'Tape', 'follow', 'OwnPass']
 
-# %% ../../nbs/04_engines.tape.ipynb #ed93a945
+# %% ../../nbs/04_engines.tape.ipynb #30e5d6c5
 from collections import Counter
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import TensorWeakRef
 
-from fastai_l2rw.engines.passes import (forked_random, model_device, plain_kernels, random_generators, recurrent_layers, replaced, set_random_states,
+from fastai_l2rw.engines.passes import (forked_random, model_device, plain_kernels, random_generators, recurrent_layers, replaced,
     watched_functions)
-from .rules import DualPass, graph_node, plain_tensor, rules, sets_hook, takes_gradient
+from .rules import plain_tensor, rules, sets_hook, takes_gradient
 
-# %% ../../nbs/04_engines.tape.ipynb #c12567fe
+# %% ../../nbs/04_engines.tape.ipynb #bb87e213
 class InDoubt(Exception):
     "The tape can't say what the tangents are; the message names what it met."
 
@@ -35,12 +34,12 @@ _saving_hooks = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', 
 
 def operator_name(func)->str: # For people
     "How to call an operator that a mode was given."
-    owner = getattr(func, '__objclass__', None)
     name = getattr(func, '__name__', None) or str(func)
     if name in ('__get__', '__set__'): name = f"{getattr(getattr(func, '__self__', None), '__name__', '')}.{name}"
-    return f'{owner.__name__}.{name}' if owner else name
+    of_tensors = hasattr(func, '__objclass__') or getattr(func, '__qualname__', '').startswith('Tensor.')
+    return f'Tensor.{name}' if of_tensors else name
 
-# %% ../../nbs/04_engines.tape.ipynb #84f64e77
+# %% ../../nbs/04_engines.tape.ipynb #cf131444
 _only_shapes = {torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.movedim, torch.chunk, torch.split, torch.unbind,
     Tensor.flatten, Tensor.reshape, Tensor.view, Tensor.permute, Tensor.transpose, Tensor.squeeze, Tensor.unsqueeze, Tensor.movedim, Tensor.chunk, Tensor.split,
     Tensor.expand, Tensor.expand_as, Tensor.view_as, Tensor.contiguous, Tensor.as_subclass, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__, Tensor.unbind}
@@ -52,7 +51,7 @@ class _Call:
     "A call on the tape."
     __slots__ = ('func','tangent','args','kwargs','numbers','results','kept','states','known')
 
-# %% ../../nbs/04_engines.tape.ipynb #b17b9eb1
+# %% ../../nbs/04_engines.tape.ipynb #ea59ca77
 class Tape(TorchFunctionMode):
     "Notes the operators through which a pass depends on parameters, and follows tangents along them."
     def __init__(self,
@@ -104,7 +103,7 @@ class Tape(TorchFunctionMode):
 
     def _note(self, func, known, args, kwargs, given, numbers, states, versions, out, foreign):
         outs = [out] if isinstance(out, Tensor) else list(_tensors((out,)))
-        name = None
+
         if func in takes_gradient or func in sets_hook or torch._C._are_functorch_transforms_active(): self.doubt = operator_name(func)
         if -1 in numbers: self.doubt = f'{operator_name(func)} on memory that was changed by another name'
         if foreign and outs: self.doubt = f'{operator_name(func)} of what comes from where the tape does not see'
@@ -156,7 +155,7 @@ class Tape(TorchFunctionMode):
         super().__exit__(*error)
         self.watching.__exit__(*error)
 
-# %% ../../nbs/04_engines.tape.ipynb #3649f808
+# %% ../../nbs/04_engines.tape.ipynb #9c494194
 class _Number(int): "Stands for a tensor in noted arguments."
 _no_number = _Number(-2)
 
@@ -178,7 +177,7 @@ def _with_tangents(x, tangents):
 
 def _own_lists(x): return type(x)(map(_own_lists, x)) if type(x) in (list, tuple) else x
 
-# %% ../../nbs/04_engines.tape.ipynb #cdbf8b79
+# %% ../../nbs/04_engines.tape.ipynb #5ef7d944
 def _compute_again(tape, call, tangents):
     "The tangents of the results of a call, by PyTorch."
     if call.states:
@@ -193,7 +192,7 @@ def _compute_again(tape, call, tangents):
         out = known.dual(call.func, *args, **kwargs) if known is not None and known.dual is not None else call.func(*args, **kwargs)
         return [forward_ad.unpack_dual(o).tangent for o in _tensors((out,))]
 
-# %% ../../nbs/04_engines.tape.ipynb #59c2885b
+# %% ../../nbs/04_engines.tape.ipynb #3300a5ac
 def follow(
     tape:Tape, # A tape without doubt
     direction:dict, # Direction by parameter name
@@ -217,7 +216,7 @@ def follow(
             if k is not None and last[k] == i and k not in wanted: tangents.pop(k, None)
     return tangents
 
-# %% ../../nbs/04_engines.tape.ipynb #55924f03
+# %% ../../nbs/04_engines.tape.ipynb #cf967e47
 class _Forward:
     "A model's `forward`, of which `own` wants to know; in a copy of the model, and when that is saved, it is what it was."
     def __init__(self, own, forward): self.own,self.__wrapped__ = own,forward
@@ -226,7 +225,7 @@ class _Forward:
 
 def _the_same(x): return x
 
-# %% ../../nbs/04_engines.tape.ipynb #e99dc36c
+# %% ../../nbs/04_engines.tape.ipynb #458ef13c
 class OwnPass:
     "The next pass of a model on given inputs: its output, and tangents along it."
     def __init__(self,
