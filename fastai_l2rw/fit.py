@@ -74,6 +74,7 @@ class Step:
     items:Tensor|None=None # Positions of the items in the training set, if they are known
     n_items:int=0 # Number of training items
     why:str='' # Why they are not known
+    n_processes:int=1 # Number of processes that train together, each on a part of the batch
     meta_batch:tuple|None=None # The trusted batch that the direction comes from
     meta_loss:Tensor|None=None # The mean loss on it
     direction:dict|None=None # Direction of the look-ahead, by parameter name, as long as it is needed
@@ -183,6 +184,9 @@ class Fit:
         self.device,self.losses = one_param(learn.model).device,LearnerLosses(learn)
         together = isinstance(learn.model, nn.parallel.DistributedDataParallel) and torch.distributed.is_initialized()
         self.n_processes = torch.distributed.get_world_size() if together else 1
+        synced = any(isinstance(m, nn.SyncBatchNorm) for m in self.model.modules())
+        replicated = isinstance(learn.model, nn.DataParallel) and learn.model.device_ids
+        self.spread = bool(synced and self.n_processes > 1 or replicated)
         dataset = getattr(learn.dls.train, 'dataset', None)
         self.n_items = len(dataset) if hasattr(dataset, '__len__') else 0
         self.items,self.step,self.epoch = None,None,Epoch()
@@ -354,8 +358,8 @@ def before_pass(self:Fit):
     learn = self.learn
     if self.step is not None: self.step.close()
     items = self.items.items(learn.iter, len(learn.yb[0]) if len(learn.yb) and hasattr(learn.yb[0], '__len__') else 0)
-    step = self.step = Step(learn.epoch, learn.iter, tuple(learn.xb), tuple(learn.yb), items, self.n_items, self.items.why)
-    route = self.engine.ready(self.model, self.params, torch.is_autocast_enabled(self.device.type))
+    step = self.step = Step(learn.epoch, learn.iter, tuple(learn.xb), tuple(learn.yb), items, self.n_items, self.items.why, self.n_processes)
+    route = self.engine.ready(self.model, self.params, torch.is_autocast_enabled(self.device.type), self.spread)
     if route == 'separate pass' or not self.weigher.needs_losses: step.direction = self.weigher.direction(step, self)
     with naming(step.describe):
         step.own,step.aligned = self.engine.before_pass(self.model, self.params, step.batch, step.direction, self.losses.training, step.inputs,
@@ -395,7 +399,7 @@ def is_as_taken(self:Fit, step:Step)->bool:
     "Has the loss got the model's output, and the targets that were there before the pass?"
     targets = step.targets if step.whole is None else self.left
     if len(targets) != len(self.learn.yb) or any(a is not b for a,b in zip(targets, self.learn.yb)): return False
-    if step.own is None or isinstance(self.learn.model, nn.DataParallel): return True # nothing is known of the output
+    if step.own is None: return True # nothing is known of the output
     return step.own.seen and step.own.gave(step.pred)
 
 @patch
@@ -452,7 +456,8 @@ def weigh_before(self:Fit, step:Step):
     step.whole = rows,learn.xb,learn.yb,mixer and (mixer.yb1, mixer.lam),output
     learn.xb,learn.yb = rows_of(learn.xb, rows, n),rows_of(learn.yb, rows, n)
     if mixer: mixer.yb1,mixer.lam = rows_of(mixer.yb1, rows, n),rows_of(mixer.lam, rows, n)
-    step.own.inputs,self.left = tuple(learn.xb),tuple(learn.yb)
+    self.left = tuple(learn.yb)
+    if step.own is not None: step.own.inputs = tuple(learn.xb)
 
 @patch
 def take_back(self:Fit, step:Step):

@@ -358,7 +358,8 @@ class ItemLedger(Callback):
         "Add the weights of the step."
         step = getattr(self.reweight, 'step', None)
         if self.ledger is None or step is None or step.weights is None or self._searching(): return
-        self.ledger.add(step.items, step.weights*len(step.weights), getattr(step, 'why', None))
+        n = len(step.weights)*getattr(step, 'n_processes', 1) # items of the whole batch, of which this process may have a part
+        self.ledger.add(step.items, step.weights*n, getattr(step, 'why', None))
 
     def item_weights(self,
         last:int|None=None, # Number of epochs, counted from the end, to look at; default: all of the last fit

@@ -227,11 +227,12 @@ class Engine:
         model:nn.Module, # The model
         params:dict, # Parameters to look ahead along, by name
         low_precision:bool=False, # Will the Learner's pass run in lower precision than a separate one?
+        spread:bool=False, # Is the Learner's pass spread over several devices, with what a separate one has not?
     )->str: # 'own pass', 'own graph' or 'separate pass'
         "The route that a step begins with."
         if self.route is None:
-            self.compiled = is_compiled(model)
-            if self.separate or self.engine != 'auto' or self.compiled: self.take('separate pass')
+            self.unseen = spread or is_compiled(model) # then nothing can be known of the Learner's pass
+            if self.separate or self.engine != 'auto' or self.unseen: self.take('separate pass')
             else: self.take('own graph' if hooked_parameter(params) else 'own pass')
             if self.route == 'own graph': self.doubts['a gradient hook on ' + hooked_parameter(params)] += 1
         if low_precision and self.route == 'own pass': self.take('separate pass')
@@ -253,7 +254,7 @@ class Engine:
     )->tuple: # An `OwnPass` to wait for, and `Aligned` or `None`
         "What has to be done before the Learner's pass."
         doubt = None if self.route == 'own pass' else f'the {self.route} is taken'
-        wait = lambda doubt: None if self.compiled else OwnPass(model, params, inputs, whole, doubt)
+        wait = lambda doubt: None if self.unseen else OwnPass(model, params, inputs, whole, doubt)
         if self.route != 'separate pass': return wait(doubt),None
         try: aligned = separate_pass(model, loss_func, batch, direction, self.kind, **kwargs)
         except NoForwardDerivative as e:
@@ -261,7 +262,7 @@ class Engine:
             self.kind = 'reverse'
             warnings.warn(f"{e.operator} has no forward-mode derivative in PyTorch, so two backward passes take the place of tangents, as by engine='reverse', "
                 "from now on: as exact, but slower and with more memory. Pass engine='reverse' to silence this.")
-            if not self.separate and not self.compiled:
+            if not self.separate and not self.unseen:
                 self.take('own graph')
                 self.doubts[f'{e.operator}, which has no forward-mode derivative'] += 1
                 return wait('no forward-mode derivative'),None
@@ -269,7 +270,7 @@ class Engine:
         return wait(doubt),aligned
 
     def after_pass(self,
-        own:OwnPass|None, # The pass that was waited for; `None` for a compiled model, of which nothing more is known
+        own:OwnPass|None, # The pass that was waited for; `None` where nothing can be known of it
         aligned:Aligned|None, # What `before_pass` gave
         losses:Tensor, # One loss per item, with the history of the Learner's own pass
         direction:dict, # Direction by name
