@@ -14,6 +14,13 @@ from sklearn.datasets import load_digits
 
 from fastai_l2rw.all import MetaReweightCallback, normalise, rectify, unrolled_weights
 
+SLOW = ('callbacks', 'data_cifar10', 'data_core', 'data_folders', 'data_ham10000', 'demo', 'experiments', 'faults', 'models', 'report')
+
+def pytest_collection_modifyitems(items):
+    "The fast set for daily work, `pytest -m 'not slow'`, has what compares weights with independent computations, and leaves these files out."
+    for item in items:
+        if item.path.stem.removeprefix('test_') in SLOW: item.add_marker(pytest.mark.slow)
+
 torch.set_num_threads(1) # threads are no gain for tensors this small, and a loss on a busy machine
 
 digits = load_digits(n_class=4)
