@@ -92,7 +92,8 @@ def virtual_step(
 
     def pull_back(gradient):
         cotangents = [-gradient[k] for k in moved]
-        direction = torch.autograd.grad(list(moved.values()), list(gradients.values()), cotangents, retain_graph=True, materialize_grads=True)
+        direction = torch.autograd.grad(
+            list(moved.values()), list(gradients.values()), cotangents, retain_graph=True, materialize_grads=True)
         return dict(zip(gradients, direction))
 
     if not moved: _refuse(opt, 'its step has no derivative with respect to the gradient')
@@ -120,7 +121,7 @@ class SGDStep:
 
     def __call__(self,
         gradient:Mapping[str,Tensor]|None=None, # Gradient of the step, by name; default: zero
-    )->tuple: # Values where the step leads, by name (just the names if it leads nowhere), and a function from a gradient there to the direction
+    )->tuple: # Values where the step leads, by name (just names if it leads nowhere), and a function from a gradient there to the direction
         "Take the step."
         if gradient is not None:
             at = {k: p.detach() - self.rates[k]*gradient[k] for k,p in self.params.items()}
