@@ -44,7 +44,7 @@ class _AfterLoss(Callback):
 
 # %% ../nbs/11_callback.ipynb #1b56e92f
 class MetaReweightCallback(Callback):
-    "Weigh each training example, in each step, by how much learning from it lowers the loss on trusted examples (Ren et al. 2018, Algorithm 1)."
+    "Weigh each training example, in each step, by how much learning from it lowers the loss on trusted examples (Ren et al. 2018)."
     order,run_valid = Recorder.order+5,False # after the Recorder has named its columns, before others (60) read the names
     remove_on_fetch = True # as the Recorder, whose log it adds to
     _stateattrs = ('meta_dl','this_fit') # none of it is exported
@@ -52,27 +52,29 @@ class MetaReweightCallback(Callback):
     announced = False
 
     def __init__(self,
-        meta_dl:DataLoader|torch.utils.data.DataLoader|Iterable|None=None, # Loader of trusted, labelled batches; default: the third of `learn.dls`
+        meta_dl:DataLoader|torch.utils.data.DataLoader|Iterable|None=None, # Trusted, labelled batches; default: third loader of `learn.dls`
         *,
         params:Callable|None=None, # `params(model)` gives the parameters to look ahead along; default: all that the optimizer moves
-        engine:str='auto', # 'auto': tangents along the Learner's own pass, or its graph where these are in doubt; 'forward' or 'reverse': a separate pass of that kind
+        engine:str='auto', # 'auto': the Learner's own pass, or its graph where in doubt; 'forward', 'reverse': a separate pass of that kind
         lookahead:str='sgd', # Look ahead along a step of plain SGD ('sgd', as in the paper) or of the Learner's own optimizer ('opt')
-        augment:bool=False, # Apply the batch transforms of training to trusted batches, if their loader is one of fastai's that does not draw by weights?
+        augment:bool=False, # Apply the batch transforms of training to trusted batches? For fastai's loaders that don't draw by weights
         every:int=1, # Number of steps for which the gradient on a trusted batch is used
         start:int=0, # Number of epochs of plain training before the reweighting begins, in each fit
-        skip_zeros:bool=False, # Leave examples with weight zero out of the training pass? Not for models in which examples act on each other
-        autocast:bool=False, # Compute the weights in bfloat16, too, where the Learner's own pass runs in it (`learn.to_bf16()`)? Faster, and less exact
+        skip_zeros:bool=False, # Leave examples with weight zero out of the training pass? Not where examples act on each other
+        autocast:bool=False, # Compute the weights in bfloat16, too, where the Learner trains in it? Faster, and less exact
         on_zero:str='skip', # If no example of a batch helps: learn nothing from it ('skip') or weigh all alike ('uniform')
         relative:bool=False, # Divide each alignment by the length of the gradient of the example's loss at the model's output?
-        smooth:float=0., # Average each item's alignments over its visits in a fit, each counting `smooth` times as much as the next; below 1
-        margin:float=0., # How far an example may pull against the trusted ones before its weight is zero, in units of the batch's mean absolute alignment
+        smooth:float=0., # Average each item's alignments over its visits, each counting `smooth` times as much as the next; below 1
+        margin:float=0., # How far an example may pull against the trusted ones before its weight is zero, in units of the batch's mean
         record:bool=True, # Keep what was seen of each item, for `item_weights`?
     ):
         check_meta_dl(meta_dl)
         if params is not None and not callable(params):
-            raise TypeError(f'params is a {type(params).__name__}, but must be a function from the model to some of its parameters, '
+            raise TypeError(
+                f'params is a {type(params).__name__}, but must be a function from the model to some of its parameters, '
                 'such as lambda model: model[-1].parameters()')
-        check_choices(engine=(engine, ('auto','forward','reverse')), lookahead=(lookahead, ('sgd','opt')), on_zero=(on_zero, ('skip','uniform')))
+        check_choices(engine=(engine, ('auto','forward','reverse')), lookahead=(lookahead, ('sgd','opt')),
+            on_zero=(on_zero, ('skip','uniform')))
         check_whole_numbers(every=(every, 1), start=(start, 0))
         if not 0 <= smooth < 1: raise ValueError(f'smooth={smooth!r} must be from 0 to below 1')
         if not margin >= 0: raise ValueError(f'margin={margin!r} must be 0 or more')
@@ -108,7 +110,8 @@ def learn(self:MetaReweightCallback, learn):
     before = self.learn
     if learn is not None: self.refuse_second(learn)
     if before is not None and learn not in (None, before): before.remove_cb(self)
-    if before is not None and learn is None and self.this_fit is None and before.opt is not None: Checkpoint(before.opt).clear()
+    leaves = before is not None and learn is None and self.this_fit is None
+    if leaves and before.opt is not None: Checkpoint(before.opt).clear()
     for each in filter(None, {before, learn}):
         for cb in self.companions:
             while cb in each.cbs: each.remove_cb(cb)
@@ -116,10 +119,14 @@ def learn(self:MetaReweightCallback, learn):
         if self.this_fit is not None and self.this_fit.learn is not learn: self.close()
         learn.add_cbs(self.companions)
     vars(self)['_learner'] = learn
+
 @patch
-def refuse_second(self:MetaReweightCallback, learn):
-    "Raise `ValueError` if `learn` has another one; if that has just come with the same call, as in `fit(cbs=[...])`, take it away again."
-    for cb in [cb for cb in learn.cbs if isinstance(cb, MetaReweightCallback) and cb is not self]:
+def refuse_second(self:MetaReweightCallback,
+    learn, # A `Learner`
+):
+    "Raise `ValueError` if `learn` has another one, and take that away if it has just come with the same call, as in `fit(cbs=[...])`."
+    others = [cb for cb in learn.cbs if isinstance(cb, MetaReweightCallback) and cb is not self]
+    for cb in others:
         frame = sys._getframe()
         while frame is not None and frame.f_code.co_name != 'add_cbs': frame = frame.f_back
         if frame is not None and any(o is cb for o in L(frame.f_locals.get('cbs'))): learn.remove_cb(cb)
@@ -164,7 +171,7 @@ def make_weigher(self:MetaReweightCallback,
 def begin_step(self:MetaReweightCallback):
     "The batch and the learning rates are ready."
     fit = self.this_fit
-    if fit is None: return
+    if fit is None: return # as in a validation
     if self.epoch < self.start: fit.step = None
     else:
         with self.closing_on_error(): fit.before_pass()
@@ -223,28 +230,28 @@ def closing_on_error(self:MetaReweightCallback):
 
 # %% ../nbs/11_callback.ipynb #d9397b2f
 @patch(as_prop=True)
-def step(self:MetaReweightCallback)->Step|None:
+def step(self:MetaReweightCallback)->Step|None: # If there is one
     "The training step at hand: its `weights`, `alignments`, `losses`, `items`, `meta_batch` and `route`; `None` if there is none."
     return None if self.this_fit is None else self.this_fit.step
 
 @patch
-def engine_statistics(self:MetaReweightCallback)->dict: # `steps` by route, `doubts` by what was met, and the number of steps that were `compared` with the graph
+def engine_statistics(self:MetaReweightCallback)->dict: # `steps` by route, `doubts` by what was met, and how many were `compared`
     "How the alignments of the last fit were found."
     return self.routes.statistics()
 
 @patch
 def item_weights(self:MetaReweightCallback,
     last:int|None=None, # Number of epochs, counted from the end, to look at; default: all of the last fit
-)->pd.DataFrame: # Index: position in the training set; `weight`: mean weight, 1 if all counted the same; `zero`: share of steps with weight 0; `steps`: number of steps
+)->pd.DataFrame: # By position: mean `weight`, 1 if all counted the same; share `zero` of steps with weight 0; number of `steps`
     "How each training item was weighed in the last fit; raises `ValueError` if that is not known."
     if not self.record: raise ValueError('no weights have been recorded (record=False): train with record=True first')
     return self.record_of_items.item_weights(last)
 
 # %% ../nbs/11_callback.ipynb #1f187239
 class MetaWeightNetCallback(MetaReweightCallback):
-    "Weigh each training example by a function of its loss, which is learned on trusted examples (Meta-Weight-Net, Shu et al. 2019, Algorithm 1)."
+    "Weigh each training example by a function of its loss, which is learned on trusted examples (Meta-Weight-Net, Shu et al. 2019)."
     def __init__(self,
-        meta_dl:DataLoader|torch.utils.data.DataLoader|Iterable|None=None, # Loader of trusted, labelled batches; default: the third of `learn.dls`
+        meta_dl:DataLoader|torch.utils.data.DataLoader|Iterable|None=None, # Trusted, labelled batches; default: third loader of `learn.dls`
         *,
         hidden:int=100, # Number of hidden units of the weight net
         net_lr:float=1e-3, # Learning rate of the weight net, whose optimizer is AdamW
@@ -253,7 +260,7 @@ class MetaWeightNetCallback(MetaReweightCallback):
         params:Callable|None=None, # `params(model)` gives the parameters to look ahead along; default: all that the optimizer moves
         engine:str='auto', # 'auto', 'forward' or 'reverse', as for `MetaReweightCallback`
         lookahead:str='sgd', # Look ahead along a step of plain SGD ('sgd', as in the paper) or of the Learner's own optimizer ('opt')
-        augment:bool=False, # Apply the batch transforms of training to trusted batches, if their loader is one of fastai's that does not draw by weights?
+        augment:bool=False, # Apply the batch transforms of training to trusted batches? For fastai's loaders that don't draw by weights
         start:int=0, # Number of epochs of plain training before the weighting begins, in each fit
         record:bool=True, # Keep what was seen of each item, for `item_weights`?
     ):

@@ -42,8 +42,8 @@ def naming(
     try: yield
     except (LossNotPerItem, NoForwardDerivative): raise
     except Exception as e:
-        args,message = e.args,f'{where()}: {e}'
-        e.args = (message,)
+        message = f'{where()}: {e}'
+        args,e.args = e.args,(message,)
         if message in str(e): raise
         e.args = args # what a missing file says of itself, for one, can't be changed
         try: named = type(e)(message)
@@ -61,7 +61,9 @@ def not_finite_items(
 )->list[int]: # Positions in the batch
     "The items with NaN or infinite values."
     tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.numel() and (t.is_floating_point() or t.is_complex())]
-    return torch.stack([~t.isfinite().reshape(len(t), -1).all(1) for t in tensors]).any(0).nonzero().flatten().tolist() if tensors else []
+    if not tensors: return []
+    bad = torch.stack([~t.isfinite().reshape(len(t), -1).all(1) for t in tensors]).any(0)
+    return bad.nonzero().flatten().tolist()
 
 # %% ../nbs/10_fit.ipynb #3c0fa2bc
 @dataclass(eq=False)
@@ -73,7 +75,7 @@ class Step:
     targets:tuple # Likewise
     items:Tensor|None=None # Positions of the items in the training set, if they are known
     n_items:int=0 # Number of training items
-    why:str='' # Why they are not known
+    why:str='' # Why the items are not known
     n_processes:int=1 # Number of processes that train together, each on a part of the batch
     meta_batch:tuple|None=None # The trusted batch that the direction comes from
     meta_loss:Tensor|None=None # The mean loss on it
@@ -91,12 +93,12 @@ class Step:
     done:bool=False # Has the loss been weighted?
 
     @property
-    def batch(self)->tuple:
+    def batch(self)->tuple: # `(inputs, targets)`
         "Inputs and targets as plain tensors."
         return plain_tensors(self.inputs),plain_tensors(self.targets)
 
-    def output_norms(self)->Tensor:
-        "Length of the gradient of each item's loss with respect to what the loss was given, shape (n,)."
+    def output_norms(self)->Tensor: # Shape (n,)
+        "Length of the gradient of each item's loss with respect to what the loss was given."
         if self.norms_aside is not None: return self.norms_aside()
         leaves = [t for t in tree_leaves(self.pred) if isinstance(t, Tensor) and t.requires_grad]
         found = gradients([self.losses.sum()], leaves, retain_graph=True)
@@ -108,7 +110,7 @@ class Step:
         if self.losses is not None: self.losses = self.losses.detach()
         self.own = self.direction = self.aligned = self.pred = self.norms_aside = None
 
-    def describe(self)->str:
+    def describe(self)->str: # For error messages
         "The step's batch, in words."
         return f'batch {self.iter} of the training loader in epoch {self.epoch} ({describe_batch(self.batch)})'
 
@@ -144,7 +146,7 @@ class _Left(dict):
 # %% ../nbs/10_fit.ipynb #1e085829
 class Checkpoint:
     "A few values, where `learn.save` and `learn.load` find them."
-    key = 'meta_reweight'
+    key = 'meta_reweight' # in the state of a parameter
     def __init__(self,
         opt, # fastai's optimizer, of which `OptimWrapper` is one
         owner=None, # The callback whose values they are
@@ -155,7 +157,8 @@ class Checkpoint:
     ):
         "Leave it with the optimizer's state, if there is any: some optimizers take a state that isn't empty for complete."
         state = next(filter(None, self.bare.state.values()), None)
-        if state is None and isinstance(self.bare, (Optimizer, torch.optim.SGD)): state = self.bare.state[self.opt.all_params()[0][0]]
+        if state is None and isinstance(self.bare, (Optimizer, torch.optim.SGD)):
+            state = self.bare.state[self.opt.all_params()[0][0]]
         if state is not None: state[self.key] = _Left(content, self.owner)
 
     def load(self)->dict: # Empty if there is none
@@ -181,47 +184,58 @@ class Fit:
         self.searching = hasattr(learn, 'lr_finder') # is this no real training?
         parallel = nn.DataParallel,nn.parallel.DistributedDataParallel
         self.model = learn.model.module if isinstance(learn.model, parallel) else learn.model
-        self.device,self.losses = one_param(learn.model).device,LearnerLosses(learn)
+        self.device = one_param(learn.model).device
+        self.losses = LearnerLosses(learn)
         together = isinstance(learn.model, nn.parallel.DistributedDataParallel) and torch.distributed.is_initialized()
         self.n_processes = torch.distributed.get_world_size() if together else 1
-        synced = any(isinstance(m, nn.SyncBatchNorm) for m in self.model.modules())
+        synced = self.n_processes > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in self.model.modules())
         replicated = isinstance(learn.model, nn.DataParallel) and learn.model.device_ids
-        self.spread = bool(synced and self.n_processes > 1 or replicated)
+        self.spread = bool(synced or replicated) # does the Learner's pass depend on what other devices have?
         dataset = getattr(learn.dls.train, 'dataset', None)
         self.n_items = len(dataset) if hasattr(dataset, '__len__') else 0
         self.items,self.step,self.epoch = None,None,Epoch()
-        self.traces,self.meta_batch,self.means = ((),()),None,None
+        self.traces = (),() # what a pass changes, found when the model is tried out
+        self.meta_batch = None # the trusted batch at hand
+        self.means = None # of the epoch, until they are logged
         engine.begin()
         self.find_parameters()
         self.resume(seed)
         check_meta_dl(owner.meta_dl, learn.dls)
-        self.trusted = TrustedBatches(self.find_meta_dl(), self.device, getattr(learn.dls, 'n_inp', None), class_names(learn.dls), self.seed, owner.augment)
+        n_inp,classes = getattr(learn.dls, 'n_inp', None),class_names(learn.dls)
+        self.trusted = TrustedBatches(self.find_meta_dl(), self.device, n_inp, classes, self.seed, owner.augment)
         if owner.lookahead == 'opt': check_lookahead(learn.opt, self.params)
         late = [k for k,p in self.params.items() if getattr(p, '_post_accumulate_grad_hooks', None)]
-        if late: warnings.warn(f'{late[0]} has a hook that runs after its gradient is accumulated. Should it change the gradient, the weights know nothing of that: '
-            'Tensor.register_hook is taken into account.')
+        if late: warnings.warn(f'{late[0]} has a hook that runs after its gradient is accumulated. Should it change the gradient, the weights '
+            'know nothing of that: Tensor.register_hook is taken into account.')
         self.try_out()
 
-    def resume(self, seed):
+    def resume(self,
+        seed:int, # Of the trusted batches, if nothing is resumed
+    ):
         "Go on with the seed and the state of the fit that is resumed, if it is."
-        memory,resumed = Checkpoint(self.learn.opt, self.owner).load(),self.learn.epoch > 0
+        memory = Checkpoint(self.learn.opt, self.owner).load()
+        resumed = self.learn.epoch > 0
         self.seed = memory.get('seed', seed) if resumed else seed
         if hasattr(self.weigher, 'prepare'): self.weigher.prepare(self.device, self.seed)
         if not self.searching: self.weigher.load(memory, self.n_items, resumed)
 
-    def state(self)->dict:
+    def state(self)->dict: # For `Checkpoint.save`
         "What a checkpoint keeps."
         return dict(seed=self.seed) | self.weigher.state()
 
-    def find_meta_dl(self):
+    def find_meta_dl(self): # A loader
         "The trusted loader; raises `ValueError` if there is none."
         owner,dls = self.owner,self.learn.dls
         if owner.meta_dl is not None: return owner.meta_dl
-        if owner.was_given: raise ValueError('meta_dl is not here: trusted examples are not copied or exported with a Learner. '
+        if owner.was_given: raise ValueError(
+            'meta_dl is not here: trusted examples are not copied or exported with a Learner. '
             f'To train on, set learn.{owner.name}.meta_dl to a loader of trusted, labelled examples.')
         loaders = getattr(dls, 'loaders', [])
-        if len(loaders) > 2: return loaders[2].dl if type(loaders[2]).__name__ == 'DistributedDL' else loaders[2] # each process reads all of them
-        raise ValueError(f'meta_dl=None, and learn.dls has {len(loaders)} loaders, of which the third would have been taken. Pass a loader '
+        if len(loaders) > 2:
+            third = loaders[2]
+            return third.dl if type(third).__name__ == 'DistributedDL' else third # each process reads all trusted examples
+        raise ValueError(
+            f'meta_dl=None, and learn.dls has {len(loaders)} loaders, of which the third would have been taken. Pass a loader '
             f'of trusted, labelled examples, {type(owner).__name__}(meta_dl), or give your DataBlock a splitter that makes three parts.')
 
     def find_parameters(self):
@@ -229,37 +243,46 @@ class Fit:
         choose,learn = self.owner.params,self.learn
         names = {p: k for k,p in self.model.named_parameters() if p.requires_grad}
         chosen = names if choose is None else choose(self.model)
-        chosen = chosen if isinstance(chosen, Tensor) else list(chosen)
-        if isinstance(chosen, Tensor) or not all(isinstance(p, Tensor) for p in chosen): raise TypeError(
-            f'params(learn.model) gives {"a single tensor" if isinstance(chosen, Tensor) else chosen[:3]}, but must give parameters, as model[-1].parameters() does')
+        single = isinstance(chosen, Tensor)
+        if not single: chosen = list(chosen)
+        if single or not all(isinstance(p, Tensor) for p in chosen): raise TypeError(
+            f'params(learn.model) gives {"a single tensor" if single else chosen[:3]}, but must give parameters, '
+            'as model[-1].parameters() does')
         chosen = set(chosen)
         self.groups = {names[p]: g for g,ps in enumerate(learn.opt.param_lists) for p in ps if p in names and p in chosen}
-        if not self.groups: raise ValueError('there is no parameter to look ahead along: ' + ('all parameters of the optimizer are frozen' if choose is None
-            else 'params(learn.model) gives none that the optimizer moves; are they frozen?'))
+        if not self.groups:
+            why = 'all parameters of the optimizer are frozen'
+            if choose is not None: why = 'params(learn.model) gives none that the optimizer moves; are they frozen?'
+            raise ValueError(f'there is no parameter to look ahead along: {why}')
         self.params = {k: p for k,p in self.model.named_parameters() if k in self.groups}
         self.whole = len(self.params) == len(names)
 
     @property
-    def changing(self)->tuple:
+    def changing(self)->tuple: # Tensors, and objects
         "What a virtual pass is known to change, of the model and of the loss, for `virtual_pass`."
         tensors,others = self.losses.places()
         return [*self.traces[0], *tensors],[*self.traces[1], *others]
 
-    def autocast(self):
+    def autocast(self)->torch.dtype|None: # `None` where they run without
         "The data type that the virtual passes are to run in, if it is not that of the model; raises `ValueError` for float16."
         if not self.owner.autocast or not torch.is_autocast_enabled(self.device.type): return None
         if (dtype := torch.get_autocast_dtype(self.device.type)) is torch.bfloat16: return dtype
-        raise ValueError(f'autocast=True, but the Learner trains in {dtype}, in which the gradients of the virtual passes would vanish: '
+        raise ValueError(
+            f'autocast=True, but the Learner trains in {dtype}, in which the gradients of the virtual passes would vanish: '
             'train in bfloat16, with learn.to_bf16(), or leave autocast=False')
 
-    def lookahead(self, gradient=None):
+    def lookahead(self,
+        gradient:dict|None=None, # Gradient of the step, by name; default: zero
+    )->tuple: # As `SGDStep` and `OptimizerStep` give them
         "Where a step along `gradient` leads, and what pulls a gradient there back to a direction."
         if self.owner.lookahead == 'opt':
             scaler = getattr(self.learn, 'scaler', None)
             return OptimizerStep(self.learn.opt, self.params, scaler.get_scale() if scaler else 1)(gradient)
         return SGDStep(self.params, {k: self.learn.opt.hypers[g]['lr'] for k,g in self.groups.items()})(gradient)
 
-    def normalise(self, weights):
+    def normalise(self,
+        weights:Tensor, # Non-negative numbers, shape (n,)
+    )->Tensor: # Shape (n,)
         "Scale weights to sum to one over all processes that train together."
         if self.n_processes == 1: return normalise(weights)
         total = self.total(weights)
@@ -273,15 +296,15 @@ class Fit:
 
 # %% ../nbs/10_fit.ipynb #57b697fe
 @patch
-def describe_trusted(self:Fit)->str:
+def describe_trusted(self:Fit)->str: # For error messages
     "The trusted batch at hand, in words."
     batch = describe_batch(self.meta_batch) if self.meta_batch else 'could not be read'
     return f'batch {self.trusted.n_read} of meta_dl in epoch {self.learn.epoch} ({batch})'
 
 @patch
-def next_trusted(self:Fit)->tuple:
+def next_trusted(self:Fit)->tuple: # `(inputs, targets)`
     "The next trusted batch."
-    self.meta_batch = None
+    self.meta_batch = None # what an error says if the next can't be read
     self.meta_batch = next(self.trusted)
     return self.meta_batch
 
@@ -300,25 +323,31 @@ def try_out(self:Fit):
             raise
 
 @patch
-def explain_labels(self:Fit, targets):
+def explain_labels(self:Fit,
+    targets:tuple, # Of the trusted batch
+):
     "Raise `ValueError` if the labels of a trusted batch are of another kind than those of training."
     dls = self.learn.dls
     with forked_random(self.device, 0): batch = next(iter(dls.train))
     if not isinstance(batch, (tuple, list)): return
-    check_labels(targets, label_kind(plain_tensors(tuple(batch[getattr(dls, 'n_inp', None) or max(len(batch) - 1, 1):]))))
+    n_inp = getattr(dls, 'n_inp', None) or max(len(batch) - 1, 1)
+    check_labels(targets, label_kind(plain_tensors(tuple(batch[n_inp:]))))
 
 @patch
 def check_skippable(self:Fit):
     "Raise `ValueError` where examples with weight zero can't be left out."
-    if layer := coupling_layer(self.model): raise ValueError(f"skip_zeros=True can't be used with this model: in {layer}, the examples of a batch act on each other "
-        'or on running means, so those with weight zero count. Use a model without batch norm, or one whose batch norm is frozen (in evaluation mode).')
+    if layer := coupling_layer(self.model): raise ValueError(
+        f"skip_zeros=True can't be used with this model: in {layer}, the examples of a batch act on each other or on running means, "
+        'so those with weight zero count. Use a model without batch norm, or one whose batch norm is frozen (in evaluation mode).')
     if any(type(cb).__name__ == 'RNNCallback' for cb in self.learn.cbs):
         raise ValueError("skip_zeros=True can't be used with RNNCallback, whose regularizer takes all examples of a batch into account")
 
 # %% ../nbs/10_fit.ipynb #bf0b5a45
 @patch
-def begin_epoch(self:Fit, epoch:int):
-    "Begin an epoch of training."
+def begin_epoch(self:Fit,
+    epoch:int, # Its number
+):
+    "Begin an epoch of training; raises `ValueError` where an option can't be had."
     self.find_parameters()
     if self.owner.skip_zeros: self.check_skippable()
     self.epoch,self.coupling_is_checked = Epoch(),False
@@ -330,20 +359,28 @@ def begin_epoch(self:Fit, epoch:int):
 
 # %% ../nbs/10_fit.ipynb #313586b7
 @patch
-def meta_gradient_at(self:Fit, at, step:Step)->dict:
+def meta_gradient_at(self:Fit,
+    at, # Names of parameters, for where they are, or values by name
+    step:Step, # The step, which gets the batch and its loss
+)->dict: # By parameter name
     "The gradient on the next trusted batch, at parameters `at`."
     with naming(self.describe_trusted):
         step.meta_batch = self.next_trusted()
-        gradient,step.meta_loss = meta_gradient(self.model, self.losses.trusted, step.meta_batch, at, self.autocast(), self.changing)
+        gradient,step.meta_loss = meta_gradient(
+            self.model, self.losses.trusted, step.meta_batch, at, self.autocast(), self.changing)
     self.epoch.add(meta_loss=step.meta_loss)
     return gradient
 
 @patch
-def weighted_gradient_of(self:Fit, step:Step, weigh:Callable)->dict:
+def weighted_gradient_of(self:Fit,
+    step:Step, # The step
+    weigh:Callable, # Gives the weights, shape (n,), for the losses, shape (n,)
+)->dict: # By parameter name
     "The gradient of the weighted losses of the step's batch, through the graph of the Learner's own pass if there is one."
     if step.losses is not None:
         loss = step.scale*(weigh(step.losses.detach())*step.losses).sum()
-        return dict(zip(self.groups, gradients([loss], [self.params[k] for k in self.groups], retain_graph=True)))
+        found = gradients([loss], [self.params[k] for k in self.groups], retain_graph=True)
+        return dict(zip(self.groups, found))
     def scaled(pred, *yb):
         losses = self.losses.training(pred, *yb)
         step.scale = loss_scale(losses, self.learn.loss_func(self.losses.of_output(pred), *yb))
@@ -357,13 +394,15 @@ def before_pass(self:Fit):
     "Begin a step, and do what has to be done before the Learner's pass."
     learn = self.learn
     if self.step is not None: self.step.close()
-    items = self.items.items(learn.iter, len(learn.yb[0]) if len(learn.yb) and hasattr(learn.yb[0], '__len__') else 0)
-    step = self.step = Step(learn.epoch, learn.iter, tuple(learn.xb), tuple(learn.yb), items, self.n_items, self.items.why, self.n_processes)
+    n = len(learn.yb[0]) if len(learn.yb) and hasattr(learn.yb[0], '__len__') else 0
+    items = self.items.items(learn.iter, n)
+    step = self.step = Step(learn.epoch, learn.iter, tuple(learn.xb), tuple(learn.yb), items, self.n_items, why=self.items.why,
+        n_processes=self.n_processes)
     route = self.engine.ready(self.model, self.params, torch.is_autocast_enabled(self.device.type), self.spread)
     if route == 'separate pass' or not self.weigher.needs_losses: step.direction = self.weigher.direction(step, self)
     with naming(step.describe):
-        step.own,step.aligned = self.engine.before_pass(self.model, self.params, step.batch, step.direction, self.losses.training, step.inputs,
-            self.whole, autocast=self.autocast(), changing=self.changing)
+        step.own,step.aligned = self.engine.before_pass(self.model, self.params, step.batch, step.direction, self.losses.training,
+            step.inputs, self.whole, autocast=self.autocast(), changing=self.changing)
     if self.owner.skip_zeros: self.weigh_before(step)
 
 # %% ../nbs/10_fit.ipynb #842be836
@@ -374,8 +413,8 @@ def after_loss(self:Fit):
     try:
         step.losses,step.pred = self.losses.of_step(),self.losses.of_output(learn.pred)
         if step.weights is None: self.weigh(step)
-        elif not self.is_as_taken(step): raise ValueError("skip_zeros=True can't be used with a callback that changes learn.pred or learn.yb: "
-            'the weights are computed before it does')
+        elif not self.is_as_taken(step): raise ValueError(
+            "skip_zeros=True can't be used with a callback that changes learn.pred or learn.yb: the weights are computed before it does")
         w = step.weights if step.whole is None else step.weights[step.whole[0]]
         learn.loss_grad = self.n_processes*step.scale*(w*step.losses).sum()
         learn.loss = learn.loss_grad.clone()
@@ -387,15 +426,20 @@ def after_loss(self:Fit):
     step.close()
 
 @patch
-def weigh(self:Fit, step:Step):
+def weigh(self:Fit,
+    step:Step, # The step
+):
     "Compute the weights of a step whose losses are there."
     step.scale = loss_scale(step.losses, self.learn.loss_grad)
     if step.direction is None: step.direction = self.weigher.direction(step, self)
-    with naming(step.describe): found = self.engine.after_pass(step.own, step.aligned, step.losses, step.direction, self.is_as_taken(step))
+    with naming(step.describe):
+        found = self.engine.after_pass(step.own, step.aligned, step.losses, step.direction, self.is_as_taken(step))
     self.finish(step, found)
 
 @patch
-def is_as_taken(self:Fit, step:Step)->bool:
+def is_as_taken(self:Fit,
+    step:Step, # The step
+)->bool: # Has it?
     "Has the loss got the model's output, and the targets that were there before the pass?"
     targets = step.targets if step.whole is None else self.left
     if len(targets) != len(self.learn.yb) or any(a is not b for a,b in zip(targets, self.learn.yb)): return False
@@ -403,7 +447,10 @@ def is_as_taken(self:Fit, step:Step)->bool:
     return step.own.seen and step.own.gave(step.pred)
 
 @patch
-def finish(self:Fit, step:Step, found:Aligned):
+def finish(self:Fit,
+    step:Step, # The step, which gets the weights
+    found:Aligned, # Its alignments
+):
     "From alignments to weights."
     self.check_finite(step, found.alignments)
     step.alignments,step.route = found.alignments,found.route
@@ -413,46 +460,58 @@ def finish(self:Fit, step:Step, found:Aligned):
     step.weights = w
 
 @patch
-def total(self:Fit, weights:Tensor)->Tensor:
+def total(self:Fit,
+    weights:Tensor, # Shape (n,)
+)->Tensor: # A single number
     "The sum of weights over all processes that train together."
     total = weights.sum()
     if self.n_processes > 1: torch.distributed.all_reduce(total)
     return total
 
 @patch
-def check_finite(self:Fit, step:Step, alignments:Tensor):
+def check_finite(self:Fit,
+    step:Step, # The step
+    alignments:Tensor, # Shape (n,)
+):
     "Raise `FloatingPointError` if an alignment is not finite, before the optimizer spreads that, and say where it comes from."
     if alignments.isfinite().all(): return
     if step.own is not None: step.own.restore() # what is not finite by the pass does not explain it
     if self.searching: raise CancelFitException() # lr_find raises the learning rate until it has gone too far
     state = [k for k,t in self.model.state_dict().items() if isinstance(t, Tensor) and not all_finite(t)]
-    if state: raise FloatingPointError(f'the model holds NaN or infinite values, in {state[0]} and {len(state) - 1} other parameters or buffers: '
+    if state: raise FloatingPointError(
+        f'the model holds NaN or infinite values, in {state[0]} and {len(state) - 1} other parameters or buffers: '
         f'the training has diverged before batch {step.iter} of epoch {step.epoch}. A smaller learning rate or GradientClip may help.')
     for where,batch in ((self.describe_trusted, self.meta_batch), (step.describe, step.batch)):
         if bad := not_finite_items(batch): raise FloatingPointError(f'{where()} holds NaN or infinite values, in its item(s) {bad}')
     bad = (~alignments.isfinite()).nonzero().flatten().tolist()
-    raise FloatingPointError(f'{step.describe()}: the alignments of its item(s) {bad} with {self.describe_trusted()} are NaN or infinite, although '
-        'the model and both batches are finite. Does the loss, or a layer, overflow or divide by zero?')
+    raise FloatingPointError(
+        f'{step.describe()}: the alignments of its item(s) {bad} with {self.describe_trusted()} are NaN or infinite, '
+        'although the model and both batches are finite. Does the loss, or a layer, overflow or divide by zero?')
 
 # %% ../nbs/10_fit.ipynb #846fad7a
 @patch
-def weigh_before(self:Fit, step:Step):
-    "Compute the weights before the Learner's pass, and let that run on few examples."
+def weigh_before(self:Fit,
+    step:Step, # The step
+):
+    "Compute the weights before the Learner's pass, and let that run on few examples; raises `ValueError` if they act on each other."
     output,targets = step.aligned.output,step.batch[1]
+    learn,mixer = self.learn,self.losses.mixer
     def aside(f):
         with virtual_pass(self.model, changing=self.changing): return f()
     if not self.coupling_is_checked and len(step.aligned.losses) > 1:
-        changing,output_of_loss = self.changing,self.losses.of_output(output)
-        if acts_on_others(self.model, step.batch[0], changing): raise ValueError(
+        if acts_on_others(self.model, step.batch[0], self.changing): raise ValueError(
             "skip_zeros=True can't be used with this model: what it makes of an example depends on the others in the batch")
-        if self.losses.mixer is None and aside(lambda: losses_act_on_others(self.losses.training, output_of_loss, targets)): raise ValueError(
+        given = self.losses.of_output(output)
+        if mixer is None and aside(lambda: losses_act_on_others(self.losses.training, given, targets)): raise ValueError(
             "skip_zeros=True can't be used with this loss function: the loss of an example depends on the others in the batch")
         self.coupling_is_checked = True
-    step.scale = aside(lambda: loss_scale(step.aligned.losses, self.learn.loss_func(self.losses.of_output(output), *targets)))
+    step.scale = aside(lambda: loss_scale(step.aligned.losses, learn.loss_func(self.losses.of_output(output), *targets)))
     step.norms_aside = lambda: aside(lambda: output_gradient_norms(self.losses.training, output, *targets))
     self.finish(step, step.aligned)
-    w,mixer,learn = step.weights,self.losses.mixer,self.learn
-    n,rows = len(w),w.topk(min(max((w > 0).sum().item(), 2), len(w))).indices.sort()[0]
+    w = step.weights
+    n = len(w)
+    n_left = min(max((w > 0).sum().item(), 2), n)
+    rows = w.topk(n_left).indices.sort()[0]
     step.whole = rows,learn.xb,learn.yb,mixer and (mixer.yb1, mixer.lam),output
     learn.xb,learn.yb = rows_of(learn.xb, rows, n),rows_of(learn.yb, rows, n)
     if mixer: mixer.yb1,mixer.lam = rows_of(mixer.yb1, rows, n),rows_of(mixer.lam, rows, n)
@@ -460,7 +519,9 @@ def weigh_before(self:Fit, step:Step):
     if step.own is not None: step.own.inputs = tuple(learn.xb)
 
 @patch
-def take_back(self:Fit, step:Step):
+def take_back(self:Fit,
+    step:Step, # The step
+):
     "Show the whole batch to the callbacks that come after the loss."
     _,self.learn.xb,self.learn.yb,mixed,self.learn.pred = step.whole
     step.whole = None

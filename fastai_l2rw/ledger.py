@@ -30,7 +30,7 @@ _known = dict(create_batches=[DataLoader.create_batches], chunkify=[DataLoader.c
 
 def _own_method(dl):
     "Name of a method of a loader that may do other things with positions than fastai's do, if there is one."
-    if 'create_batches' in vars(dl): return 'create_batches' # given as an argument: `new` copies it, so nothing may be put in its place
+    if 'create_batches' in vars(dl): return 'create_batches' # an argument, which `new` copies: nothing may be put in its place
     for name,known in _known.items():
         f = getattr(dl, name)
         f = getattr(f, '__func__', f)
@@ -42,20 +42,19 @@ def _described(dl):
     facts = ', '.join(f'{k}={v}' for k,v in getattr(dl, '__dict__', {}).items() if k in ('n', 'bs', 'batch_size', 'drop_last'))
     return f'{type(dl).__name__}({facts})'
 
-def _bases(dl): return [o.__name__ for o in type(dl).__mro__]
-
 def _item_maker(dl):
     "The loader that makes the items: in distributed training, the one that is wrapped."
     return dl.dl if type(dl).__name__ == 'DistributedDL' else dl
 
 def _why_not(dl):
     "Why `dl` can't tell which items are in a batch, and what would help, as the end of a sentence; None if it can."
-    if not isinstance(dl, DataLoader): return ("is not one of fastai's, and does not tell which items are in a batch: "
-        "use fastai's DataLoader on the same data set")
-    if type(dl).__iter__ is not DataLoader.__iter__: return ('has its own __iter__, which need not give the batches that were made: '
-        "leave that to fastai's DataLoader")
+    if not isinstance(dl, DataLoader): return (
+        "is not one of fastai's, and does not tell which items are in a batch: use fastai's DataLoader on the same data set")
+    if type(dl).__iter__ is not DataLoader.__iter__: return (
+        "has its own __iter__, which need not give the batches that were made: leave that to fastai's DataLoader")
     maker = _item_maker(dl)
-    if 'LMDataLoader' in _bases(maker): return ('deals in pieces of texts that have been joined, not in the items of the training set: '
+    if 'LMDataLoader' in [o.__name__ for o in type(maker).__mro__]: return (
+        'deals in pieces of texts that have been joined, not in the items of the training set: '
         'use a loader of whole texts, or do without what is kept of each item')
     if not getattr(maker, 'indexed', False) or not hasattr(maker.dataset, '__len__'): return (
         'reads its items one after the other, from data without positions: use a data set with __getitem__ and __len__')
@@ -67,9 +66,13 @@ def _why_not(dl):
 # %% ../nbs/09_ledger.ipynb #9eb24785
 class _Pass:
     "What is heard of one pass over a loader."
-    def __init__(self): self.n,self.items,self.live = 0,None,True # number of batches up to now, and the positions of the last
+    def __init__(self):
+        self.n,self.items = 0,None # number of batches up to now, and the positions of the last
+        self.live = True # has it not come to its end?
 
-    def begin_batch(self): self.taken,self.made,self.by_item = [],[],False
+    def begin_batch(self):
+        "Forget what was taken, and what was made, for the batch before."
+        self.taken,self.made,self.by_item = [],[],False
 
     def end_batch(self):
         "Keep the positions of the batch that is ready: of the items made one by one, or else those that were taken."
@@ -100,7 +103,11 @@ class _Pass:
 # %% ../nbs/09_ledger.ipynb #f5e89fdb
 class _Board:
     "Where worker processes write down which items are in the batches that are on their way."
-    def __init__(self, n_workers, bs, ahead):
+    def __init__(self,
+        n_workers, # Number of worker processes
+        bs, # Most items that a batch has
+        ahead, # Number of batches that a worker may be asked for in advance
+    ):
         self.n_workers,self.never = n_workers,torch.iinfo(torch.long).max
         # of each worker's batches: the number of the batch, that of its items, and their positions
         self.rows = torch.full((n_workers, (ahead + 1)*n_workers + 1, bs + 2), -1).share_memory_()
@@ -124,9 +131,12 @@ class _Board:
         known = len(items) <= len(row) - 2 and all(isinstance(o, int) for o in items)
         row[0] = -1
         if known: row[2:2 + len(items)] = torch.tensor(items, dtype=torch.long)
-        row[1],row[0] = len(items) if known else 0,(n - 1)*self.n_workers + worker
+        row[1] = len(items) if known else 0
+        row[0] = (n - 1)*self.n_workers + worker # last, since it says that the rest is there
 
-    def end(self, worker, n): self.ends[worker] = n*self.n_workers + worker
+    def end(self, worker, n):
+        "A worker has come to its end, after `n` batches."
+        self.ends[worker] = n*self.n_workers + worker
 
     def read(self, i):
         "The positions of batch `i`, if that is sure."
@@ -145,7 +155,8 @@ class BatchItems:
     def __init__(self,
         dl:DataLoader|Iterable, # The training loader
     ):
-        self.dl,self.why,self._passes,self._board = dl,None,[],None
+        self.dl,self.why = dl,None
+        self._passes,self._board = [],None # what this process heard, and what workers write
         before = getattr(getattr(dl, '__dict__', {}).get('create_batches'), '__self__', None)
         if isinstance(before, BatchItems): before.close()
         self._fixed_why = _why_not(dl)
@@ -162,16 +173,18 @@ class BatchItems:
         "Which items are in batch `i`, the last that the loader gave."
         if self._fixed_why: return None
         self.close()
-        self.why,live = None,[o for o in self._passes if o.live]
+        self.why = None
+        live = [o for o in self._passes if o.live]
         if self._board: found = None if live else self._board.read(i)
         else: found = live[0].items if len(live) == 1 and live[0].n == i + 1 else None
-        if found is None: return self._give_up(f'could not be followed to batch {i}: does something else iterate over it, '
-            'or does a worker process of it end before the others? Use num_workers=0, and dls.train.new() for what else needs batches')
+        if found is None: return self._give_up(
+            f'could not be followed to batch {i}: does something else iterate over it, or does a worker process of it end before '
+            'the others? Use num_workers=0, and dls.train.new() for what else needs batches')
         found = [_position(s, self._size) for s in found]
-        if len(found) != n: return self._give_up(f'read {len(found)} items for batch {i}, which has {n}: '
-            'skip items with SkipItemException, not when they are put together')
-        if None in found: return self._give_up('draws items by something else than their positions: '
-            'draw whole numbers from 0 to below the length of the data set')
+        if len(found) != n: return self._give_up(
+            f'read {len(found)} items for batch {i}, which has {n}: skip items with SkipItemException, not when they are put together')
+        if None in found: return self._give_up(
+            'draws items by something else than their positions: draw whole numbers from 0 to below the length of the data set')
         return torch.tensor(found, dtype=torch.long)
 
     def close(self):
@@ -179,7 +192,9 @@ class BatchItems:
         mine = getattr(self.dl, '__dict__', {})
         if getattr(mine.get('create_batches'), '__self__', None) is self: del mine['create_batches']
 
-    def _give_up(self, why): self.why = f'the training loader, {_described(self.dl)}, {why}'
+    def _give_up(self, why):
+        "Note why the items are not known."
+        self.why = f'the training loader, {_described(self.dl)}, {why}'
 
     def _create_batches(self, samps):
         "The loader's own batches; it is noted of which items they are made."
@@ -187,13 +202,16 @@ class BatchItems:
         if worker is None: self._passes.append(heard)
         else: self._board.begin(worker.id)
         try:
-            batches,done = iter(type(self.dl).create_batches(self.dl, heard.take(samps))),object()
+            batches = iter(type(self.dl).create_batches(self.dl, heard.take(samps)))
+            done = object()
             while True:
                 heard.begin_batch()
                 with heard.listening(self._maker): b = next(batches, done)
                 if b is done: break
                 heard.end_batch()
-                if worker is not None: self._board.write(worker.id, heard.n, [_position(s, self._size) for s in heard.items])
+                if worker is not None:
+                    positions = [_position(s, self._size) for s in heard.items]
+                    self._board.write(worker.id, heard.n, positions)
                 yield b
                 self.close() # whoever asks for a second batch is not just trying the loader
             if worker is not None: self._board.end(worker.id, heard.n)
@@ -208,15 +226,18 @@ class _Tally:
         for name,dtype in (self.dtypes | dtypes).items(): setattr(self, name, torch.zeros(n, dtype=dtype))
 
     def add(self, items, weights):
+        "Add the weights of items, any of them more than once."
         for name,o in zip(self.names, (torch.ones_like(weights), weights, weights == 0)):
             total = getattr(self, name)
             total.index_add_(0, items, o.to(total.dtype))
 
     def merge(self, other):
+        "Add another one to this."
         for name in self.names: getattr(self, name).add_(getattr(other, name))
         return self
 
 def _whole_number(name, value, least):
+    "Raise `ValueError` for a value that is no whole number, or too small."
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f'{name}={value!r} must be a whole number, {least} or more')
 
@@ -230,8 +251,10 @@ class Ledger:
         _whole_number('n_items', n_items, 0)
         _whole_number('keep', keep, 1)
         self.n_items,self.keep,self.reason = n_items,keep,None
-        self._pending,self._tallies,self._past = [],{},None # counted later; by epoch; of the epochs before these
-        self._epoch,self._first,self._unknown = 0,None,None # at hand; first with weights; last with a batch of unknown items
+        self._pending = [] # batches that are counted later
+        self._tallies,self._past = {},None # by epoch, and of all epochs before these
+        self._epoch = 0 # the one at hand
+        self._first,self._unknown = None,None # first epoch with weights, and last with a batch of unknown items
         self._past_end = -1 # last epoch that is no longer kept by itself
 
     def begin_epoch(self,
@@ -250,12 +273,15 @@ class Ledger:
         reason:str|None=None, # Why they are not known
     ):
         "Add the weights of a batch, which are not waited for; raises `ValueError` if `items` does not fit."
-        if items is None: self._unknown,self.reason = self._epoch,reason or 'it is not known which items were in the batches'
+        if items is None:
+            self._unknown = self._epoch
+            self.reason = reason or 'it is not known which items were in the batches'
         else: self._wait_for(items, weights)
         if self._first is None: self._first = self._epoch
         if len(self._pending) >= self._room: self._count()
 
     def _wait_for(self, items, weights):
+        "Put a batch with those that are counted later; raises `ValueError` if `items` does not fit."
         items = items.flatten().to('cpu', torch.long)
         if len(items) != weights.numel():
             raise ValueError(f'items has {len(items)} positions, but weights has {weights.numel()} weights: give one for each')
@@ -303,12 +329,15 @@ class Ledger:
     def state(self)->dict: # Tensors by name
         "All of it, as tensors that do not change any more."
         self._count()
-        none = {o: torch.zeros(0, self.n_items, dtype=dtype) for o,dtype in _Tally.dtypes.items()}
-        kept = {o: torch.stack([getattr(t, o) for t in self._tallies.values()]) if self._tallies else none[o] for o in _Tally.names}
+        def by_epoch(name):
+            if not self._tallies: return torch.zeros(0, self.n_items, dtype=_Tally.dtypes[name])
+            return torch.stack([getattr(t, name) for t in self._tallies.values()])
+        kept = {o: by_epoch(o) for o in _Tally.names}
         past = {f'past_{o}': getattr(self._past, o).clone() for o in _Tally.names} if self._past else {}
-        marks = [self._epoch, self._past_end, *(-1 if o is None else o for o in (self._first, self._unknown))]
+        epochs = torch.tensor(list(self._tallies), dtype=torch.long)
+        marks = torch.tensor([self._epoch, self._past_end, *(-1 if o is None else o for o in (self._first, self._unknown))])
         reason = torch.tensor(list((self.reason or '').encode()), dtype=torch.uint8)
-        return dict(epochs=torch.tensor(list(self._tallies), dtype=torch.long), marks=torch.tensor(marks), reason=reason) | kept | past
+        return dict(epochs=epochs, marks=marks, reason=reason) | kept | past
 
     def load(self,
         state:dict, # What `state` gave, of a training set with as many items
@@ -321,8 +350,10 @@ class Ledger:
             for o,dtype in (_Tally.dtypes | dtypes).items(): setattr(res, o, values[o].detach().to('cpu', dtype, copy=True))
             return res
         self._pending = []
-        self._tallies = {int(e): tally({o: state[o][i] for o in _Tally.names}) for i,e in enumerate(state['epochs'].tolist())}
-        self._past = tally({o: state[f'past_{o}'] for o in _Tally.names}, sums=torch.float64) if 'past_steps' in state else None
+        self._tallies,self._past = {},None
+        for i,epoch in enumerate(state['epochs'].tolist()):
+            self._tallies[int(epoch)] = tally({o: state[o][i] for o in _Tally.names})
+        if 'past_steps' in state: self._past = tally({o: state[f'past_{o}'] for o in _Tally.names}, sums=torch.float64)
         self._epoch,self._past_end,first,unknown = map(int, state['marks'].tolist())
         self._first,self._unknown = [None if o < 0 else o for o in (first, unknown)]
         self.reason = bytes(map(int, state['reason'].tolist())).decode() or None
@@ -367,4 +398,6 @@ class ItemLedger(Callback):
         "How each training item was weighed in the last fit; raises `ValueError` if that is not known."
         return (Ledger(0, self.keep) if self.ledger is None else self.ledger).item_weights(last)
 
-    def _searching(self): return hasattr(self.learn, 'lr_finder')
+    def _searching(self):
+        "Is this a search for a learning rate?"
+        return hasattr(self.learn, 'lr_finder')

@@ -33,7 +33,8 @@ class _Traced(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if self.traced: args,kwargs = tree_map_only(Tensor, lambda t: self.traced.get(t, t), (args, kwargs))
         out = self._call(func, args, dict(kwargs or {}))
-        if not isinstance(out, Tensor) or out.ndim or not out.requires_grad or any(out is a for a in args): return out
+        is_number = isinstance(out, Tensor) and out.ndim == 0
+        if not is_number or not out.requires_grad or any(out is a for a in args): return out
         number = out.detach()
         self.traced[number] = out
         return number
@@ -48,41 +49,51 @@ class _Traced(TorchFunctionMode):
             if isinstance(kwargs.get(k), Tensor): args = (args[0], kwargs.pop(k)*args[1], *args[2:])
         return func(*args, **kwargs)
 
-
 def _refuse(opt, why):
+    "Raise `ValueError` for an optimizer."
     bare = bare_optimizer(opt)
     steps = ', '.join(getattr(o, 'func', o).__name__ for o in getattr(bare, 'cbs', [])) # what fastai's optimizers are made of
-    raise ValueError(f"the optimizer {type(bare).__name__}{f' of {steps}' if steps else ''} can't be looked ahead along: {why}. Look ahead along SGD instead, lookahead='sgd'.")
+    name = type(bare).__name__ + (f' of {steps}' if steps else '')
+    raise ValueError(f"the optimizer {name} can't be looked ahead along: {why}. Look ahead along SGD instead, lookahead='sgd'.")
 
 # %% ../nbs/01_lookahead.ipynb #663361de
 def virtual_step(
     opt:torch.optim.Optimizer, # PyTorch's or fastai's optimizer; it stays as it is
     params:Mapping[str,nn.Parameter], # Parameters of `opt` to look ahead along, by name; all others stay where they are
     gradient:Mapping[str,Tensor]|None=None, # Gradient of the step, by name; default: zero
-)->tuple[dict[str,Tensor],Callable]: # The parameters after the step, and a function from a gradient there to the direction $v$, both by name
-    "A step of the optimizer, and what a small change of its gradient would do; raises `ValueError` for an optimizer that autograd can't follow, and for parameters that are not its own."
-    if isinstance(bare_optimizer(opt), torch.optim.Optimizer) and 'differentiable' not in bare_optimizer(opt).defaults: _refuse(opt, 'it has no option `differentiable`')
-    names,own = {p: k for k,p in params.items()},[p for group in opt.param_groups for p in group['params']]
+)->tuple[dict[str,Tensor],Callable]: # Parameters after the step, and a function from a gradient there to the direction, both by name
+    "What a step gives, and what a small change of its gradient would do; raises `ValueError` for an optimizer or parameters that can't be."
+    bare = bare_optimizer(opt)
+    if isinstance(bare, torch.optim.Optimizer) and 'differentiable' not in bare.defaults: _refuse(opt, 'it has no option `differentiable`')
+    names = {p: k for k,p in params.items()}
+    own = [p for group in opt.param_groups for p in group['params']]
     known = set(own)
     foreign = [k for p,k in names.items() if p not in known]
-    if foreign or not names: raise ValueError(f"params has {foreign[0] + ', which is not a parameter of the optimizer' if foreign else 'no parameter'}: give some of the optimizer's, by name")
-    memo,stepped,gradients = {},{},{}
-    for p in own: # what deepcopy shall put in the place of a parameter
+    if foreign or not names:
+        what = f'{foreign[0]}, which is not a parameter of the optimizer' if foreign else 'no parameter'
+        raise ValueError(f"params has {what}: give some of the optimizer's, by name")
+    stepped,gradients = {},{}
+    memo = {} # what deepcopy shall put in the place of a parameter, and of its state
+    for p in own:
         if p not in names:
             memo[id(p)] = p.detach().clone() if hasattr(opt, 'slow_weights') else p.new_empty(0) # fastai's `Lookahead` moves all parameters
-            memo.update({id(t): t for t in tree_leaves(bare_optimizer(opt).state.get(p))}) # will not be touched
+            memo.update({id(t): t for t in tree_leaves(bare.state.get(p))}) # will not be touched
             continue
-        memo[id(p)] = stepped[names[p]] = p.detach().clone()
-        gradients[names[p]] = (torch.zeros_like(p) if gradient is None else gradient[names[p]].clone()).requires_grad_()
-        stepped[names[p]].grad = gradients[names[p]].clone()
+        name = names[p]
+        memo[id(p)] = stepped[name] = p.detach().clone()
+        gradients[name] = (torch.zeros_like(p) if gradient is None else gradient[name].clone()).requires_grad_()
+        stepped[name].grad = gradients[name].clone()
     shadow = deepcopy(opt, memo)
-    if isinstance(bare := bare_optimizer(shadow), torch.optim.Optimizer):
-        for group in bare.param_groups + [bare.defaults]: group.update({k: k == 'differentiable' for k in ('differentiable','foreach','fused') if k in group})
+    if isinstance(bare_shadow := bare_optimizer(shadow), torch.optim.Optimizer):
+        for group in bare_shadow.param_groups + [bare_shadow.defaults]:
+            group.update({k: k == 'differentiable' for k in ('differentiable','foreach','fused') if k in group})
     with torch.enable_grad(), _Traced(): shadow.step()
     moved = {k: p for k,p in stepped.items() if p.requires_grad}
 
     def pull_back(gradient):
-        direction = torch.autograd.grad(list(moved.values()), list(gradients.values()), [-gradient[k] for k in moved], retain_graph=True, materialize_grads=True)
+        cotangents = [-gradient[k] for k in moved]
+        direction = torch.autograd.grad(
+            list(moved.values()), list(gradients.values()), cotangents, retain_graph=True, materialize_grads=True)
         return dict(zip(gradients, direction))
 
     if not moved: _refuse(opt, 'its step has no derivative with respect to the gradient')
@@ -94,8 +105,9 @@ def check_lookahead(
 ):
     "Raise `ValueError` if the optimizer's step has no derivative, or one that is zero everywhere."
     at,pull_back = virtual_step(opt, params)
-    still = not any(group['lr'] for group in opt.param_groups)
-    if not still and not any(v.any() for v in pull_back({k: torch.ones_like(p) for k,p in at.items()}).values()):
+    if not any(group['lr'] for group in opt.param_groups): return # at a learning rate of zero, nothing moves
+    direction = pull_back({k: torch.ones_like(p) for k,p in at.items()})
+    if not any(v.any() for v in direction.values()):
         _refuse(opt, 'the derivative of its step is zero everywhere, as where only the sign of the gradient counts')
 
 # %% ../nbs/01_lookahead.ipynb #ddb0ceb5
@@ -109,12 +121,14 @@ class SGDStep:
 
     def __call__(self,
         gradient:Mapping[str,Tensor]|None=None, # Gradient of the step, by name; default: zero
-    )->tuple: # Where the step leads: names for where the parameters are, or values by name; and a function from a gradient there to the direction
+    )->tuple: # Values where the step leads, by name (just names if it leads nowhere), and a function from a gradient there to the direction
         "Take the step."
         if gradient is not None:
-            return {k: p.detach() - self.rates[k]*gradient[k] for k,p in self.params.items()},lambda g: scale_gradient(g, self.rates)
+            at = {k: p.detach() - self.rates[k]*gradient[k] for k,p in self.params.items()}
+            return at,lambda g: scale_gradient(g, self.rates)
         largest = max(self.rates.values()) or 1 # a common factor does not change the weights
-        return list(self.params),lambda g: scale_gradient(g, {k: rate/largest for k,rate in self.rates.items()})
+        relative = {k: rate/largest for k,rate in self.rates.items()}
+        return list(self.params),lambda g: scale_gradient(g, relative)
 
 class OptimizerStep:
     "A look-ahead along a step of the optimizer, with what gradients have been accumulated by now."

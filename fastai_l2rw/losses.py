@@ -31,7 +31,8 @@ def takes_reduction(
 )->bool: # Has it an argument or attribute `reduction`?
     "Can a loss function be told not to reduce?"
     if hasattr(loss_func, 'reduction'): return True
-    try: parameters = signature(loss_func.forward if isinstance(loss_func, nn.Module) else loss_func).parameters.values()
+    called = loss_func.forward if isinstance(loss_func, nn.Module) else loss_func
+    try: parameters = signature(called).parameters.values()
     except (TypeError, ValueError): return False
     return any(p.name == 'reduction' or p.kind == p.VAR_KEYWORD for p in parameters)
 
@@ -43,9 +44,10 @@ def learner_item_losses(
     "One loss per item of a batch; raises `LossNotPerItem`."
     with NoneReduce(loss_func) if takes_reduction(loss_func) else nullcontext(loss_func) as f: losses = f(pred, *yb)
     try: return item_losses(losses.as_subclass(Tensor), find_bs(yb))
-    except ValueError: raise LossNotPerItem(f"learn.loss_func, {loss_func}, can't give one loss per item: it returned a tensor of shape "
-        f"{tuple(losses.shape)} for a batch of {find_bs(yb)} items. Give it an argument or attribute `reduction` that it obeys when it is 'none', "
-        'or let it return one loss per item.') from None
+    except ValueError: raise LossNotPerItem(
+        f"learn.loss_func, {loss_func}, can't give one loss per item: it returned a tensor of shape {tuple(losses.shape)} for a batch of "
+        f"{find_bs(yb)} items. Give it an argument or attribute `reduction` that it obeys when it is 'none', or let it return one loss "
+        'per item.') from None
 
 # %% ../nbs/07_losses.ipynb #9e3496ab
 @torch.no_grad()
@@ -54,7 +56,8 @@ def loss_scale(
     loss:Tensor, # What the loss function makes of the batch
 )->Tensor: # A single number, 1 where the reduction is the mean
     "What makes equal weights give the loss function's own reduction."
-    mean,sure = losses.mean(),losses.mean().abs() > 1e-3*losses.abs().mean()
+    mean = losses.mean()
+    sure = mean.abs() > 1e-3*losses.abs().mean() # not so where losses of both signs cancel out
     return torch.where(sure, loss.mean()/torch.where(sure, mean, 1), 1)
 
 # %% ../nbs/07_losses.ipynb #4ed38a1c
@@ -85,8 +88,9 @@ def state_of(
         if isinstance(o, Tensor): tensors.append(o)
         elif isinstance(o, (dict, list, set, deque)) or any(o is p for p in parts):
             others.append(o)
-            todo += [v for v in (o if isinstance(o, (list, set, deque)) else o.values() if isinstance(o, dict) else vars(o).values())
-                     if isinstance(v, (Tensor, dict, list, set, deque))]
+            if isinstance(o, dict): inside = o.values()
+            else: inside = o if isinstance(o, (list, set, deque)) else vars(o).values()
+            todo += [v for v in inside if isinstance(v, (Tensor, dict, list, set, deque))]
     return tensors,others
 
 # %% ../nbs/07_losses.ipynb #5285ee10
@@ -97,8 +101,8 @@ class LearnerLosses:
     ): self.learn,self.noted = learn,None
 
     @property
-    def mixer(self):
-        "The callback of fastai that has put its own loss function in the place of the user's to mix targets, if any."
+    def mixer(self)->MixHandler|None: # If any
+        "The callback of fastai that has put its own loss function in the place of the user's to mix targets."
         owner = getattr(self.learn.loss_func, '__self__', None)
         return owner if isinstance(owner, MixHandler) else None
 
@@ -106,22 +110,31 @@ class LearnerLosses:
         "Give back the user's loss function, which MixUp and CutMix leave behind when an error ends the training."
         if self.mixer: self.learn.loss_func = self.mixer.old_lf
 
-    def of_output(self, pred):
+    def of_output(self,
+        pred, # What the model gave
+    ): # Without what is not for the loss function
         "What the loss function is given: fastai's text models also return what their regularizer needs, which `RNNCallback` takes off."
         return pred[0] if isinstance(pred, tuple) and any(isinstance(cb, RNNCallback) for cb in self.learn.cbs) else pred
 
-    def trusted(self, pred, *yb):
-        "One loss per item of a trusted batch."
+    def trusted(self,
+        pred, # What the model gave
+        *yb, # Targets
+    )->Tensor: # Shape (n,)
+        "One loss per item of a trusted batch; raises `LossNotPerItem`."
         return learner_item_losses(getattr(self.mixer, 'old_lf', self.learn.loss_func), self.of_output(pred), *yb)
 
-    def training(self, pred, *yb):
-        "One loss per item of a training batch, between those for its two targets if it is mixed."
+    def training(self,
+        pred, # What the model gave
+        *yb, # Targets
+    )->Tensor: # Shape (n,)
+        "One loss per item of a training batch, between those for its two targets if it is mixed; raises `LossNotPerItem`."
         pred,mixer = self.of_output(pred),self.mixer
         if mixer is None: return learner_item_losses(self.learn.loss_func, pred, *yb)
         first = learner_item_losses(mixer.old_lf, pred, *(t.as_subclass(Tensor) for t in mixer.yb1))
-        return torch.lerp(first, learner_item_losses(mixer.old_lf, pred, *yb), mixer.lam.as_subclass(Tensor))
+        second = learner_item_losses(mixer.old_lf, pred, *yb)
+        return torch.lerp(first, second, mixer.lam.as_subclass(Tensor))
 
-    def places(self):
+    def places(self)->tuple[list,list]: # As `state_of` gives them
         "What a call of the loss function may change, for `virtual_pass`."
         return state_of(loss_parts(self.learn.loss_func))
 
@@ -129,7 +142,8 @@ class LearnerLosses:
         "Note where everything stands before the Learner calls the loss function."
         parts = loss_parts(self.learn.loss_func)
         tensors,_ = state_of(parts)
-        self.noted = random_states(model_device(self.learn.model)),ModuleState(parts),{t: t.detach().clone() for t in tensors if not t.requires_grad}
+        values = {t: t.detach().clone() for t in tensors if not t.requires_grad}
+        self.noted = random_states(model_device(self.learn.model)),ModuleState(parts),values
 
     @contextmanager
     def once_more(self):
@@ -137,7 +151,8 @@ class LearnerLosses:
         if self.noted is None: # nothing was noted, as where the Learner has not called it
             yield
             return
-        (states,before,values),after = self.noted,ModuleState([o for o,*_ in self.noted[1].found])
+        states,before,values = self.noted
+        after = ModuleState([o for o,*_ in before.found])
         try:
             before.put_back()
             with forked_random(model_device(self.learn.model), states=states), Exchange(values) if values else nullcontext(): yield
@@ -145,6 +160,6 @@ class LearnerLosses:
             after.put_back()
             self.noted = None
 
-    def of_step(self):
+    def of_step(self)->Tensor: # Shape (n,)
         "One loss per item of the batch that the Learner has just predicted, with the history of its prediction."
         with self.once_more(): return self.training(self.learn.pred, *self.learn.yb)

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from fastai_l2rw.engines.passes import (as_tuple, batch_size, derived_seed, forked_random, gradients, model_device, plain_kernels, recurrent_layers, run,
-    virtual_pass)
+from .engines.passes import (as_tuple, batch_size, derived_seed, forked_random, gradients, model_device, plain_kernels,
+    recurrent_layers, run, virtual_pass)
 from .engines.routes import item_losses, separate_pass
 from .engines.rules import NoForwardDerivative
 
@@ -23,13 +23,15 @@ _all_ = ['forked_random','derived_seed','virtual_pass','item_losses','NoForwardD
 
 # %% ../nbs/00_reweight.ipynb #1f1b8d6b
 def _chosen(model, params):
-    "Values for the parameters named `params` (all that require a gradient for `None`): their own, cut off from their history, or those that `params` maps names to."
+    "Values by name, without history, for the parameters that `params` names, or gives values for; for `None`: all that require a gradient."
     named = dict(model.named_parameters())
     if params is None: params = [k for k,p in named.items() if p.requires_grad]
     values = params if isinstance(params, Mapping) else {k: named.get(k) for k in params}
-    if not values: raise ValueError('params is empty: the model has no parameter that requires a gradient, so there is nothing to look ahead along')
+    if not values: raise ValueError(
+        'params is empty: the model has no parameter that requires a gradient, so there is nothing to look ahead along')
     unknown = [k for k in values if k not in named]
-    if unknown: raise ValueError(f'params has {unknown[0]!r}, which is not a parameter of the model; it has {", ".join(list(named)[:5])}, ...')
+    if unknown: raise ValueError(
+        f'params has {unknown[0]!r}, which is not a parameter of the model; it has {", ".join(list(named)[:5])}, ...')
     return {k: p.detach() for k,p in values.items()}
 
 def _in_places(model, values):
@@ -39,13 +41,15 @@ def _in_places(model, values):
 
 def _losses(model, loss_func, batch):
     "One loss per item of a batch."
-    return item_losses(loss_func(run(model, as_tuple(batch[0])), *as_tuple(batch[1])), batch_size(batch[0]))
+    output = run(model, as_tuple(batch[0]))
+    return item_losses(loss_func(output, *as_tuple(batch[1])), batch_size(batch[0]))
 
 # %% ../nbs/00_reweight.ipynb #23082523
 def _gradient(model, loss_func, batch, params, weigh, seed=None, autocast=None, changing=((),())):
     "Gradient of the weighted sum of the losses, and the losses."
     values = {k: v.requires_grad_() for k,v in _chosen(model, params).items()}
-    kernels = plain_kernels() if recurrent_layers(model, training=False) else nullcontext() # cuDNN has no gradient of those in evaluation mode
+    # in evaluation mode, cuDNN has no gradient of recurrent layers
+    kernels = plain_kernels() if recurrent_layers(model, training=False) else nullcontext()
     inside = virtual_pass(model, seed, autocast, values=_in_places(model, values), changing=changing)
     with inside, kernels, torch.enable_grad():
         losses = _losses(model, loss_func, batch)
@@ -57,11 +61,11 @@ def meta_gradient(
     model:nn.Module, # Model, in the mode (train or eval) that its passes shall run in
     loss_func:Callable, # `loss_func(output, *targets)` gives one loss, or several, per item
     meta_batch:tuple, # Trusted batch `(inputs, targets)`, each a tensor or a tuple of tensors
-    params:Iterable[str]|Mapping[str,Tensor]|None=None, # Names of the parameters to differentiate, or values to differentiate at, by name; default: all that require a gradient
+    params:Iterable[str]|Mapping[str,Tensor]|None=None, # Names of the parameters, or values to differentiate at by name; default: all
     autocast:torch.dtype|None=None, # Data type of an autocast to run the pass under, such as `torch.bfloat16`; default: none
     changing:tuple=((),()), # What else a pass is known to change, as `find_traces` gives it
 )->tuple[dict[str,Tensor],Tensor]: # Gradient by parameter name, and the mean loss (a scalar)
-    "Gradient of the mean loss on a trusted batch, $\\nabla L_m(\\theta)$; raises `ValueError` for unknown `params` and for a loss that is not per item."
+    "Gradient of the mean loss on a trusted batch, $\\nabla L_m$; raises `ValueError` for unknown `params`, and for a loss not per item."
     seed = derived_seed(model_device(model))
     gradient,losses = _gradient(model, loss_func, meta_batch, params, lambda l: torch.full_like(l, 1/len(l)), seed, autocast, changing)
     return gradient, losses.mean()
@@ -74,7 +78,7 @@ def weighted_gradient(
     params:Iterable[str]|None=None, # Names of the parameters to differentiate; default: all that require a gradient
     changing:tuple=((),()), # What else a pass is known to change, as `find_traces` gives it
 )->tuple[dict[str,Tensor],Tensor]: # Gradient by parameter name, and the losses, shape (n,)
-    "Gradient of the weighted sum of the losses on a training batch, with the randomness that the training step will have; raises what `meta_gradient` raises."
+    "Gradient of the weighted sum of a training batch's losses, as random as the training step; raises what `meta_gradient` raises."
     return _gradient(model, loss_func, batch, params, weigh, changing=changing)
 
 # %% ../nbs/00_reweight.ipynb #bd242a7d
@@ -82,7 +86,7 @@ def scale_gradient(
     gradient:Mapping[str,Tensor], # Gradient by parameter name
     step_size:float|Mapping[str,float], # Learning rate, one for all parameters or one for each name
 )->dict[str,Tensor]: # $\\alpha \\nabla L_m$, by parameter name
-    "Scale a gradient by the learning rate, $\\alpha \\nabla L_m(\\theta)$: the direction of the look-ahead; raises `ValueError` for a name without a rate."
+    "The direction of the look-ahead, a gradient times the learning rate; raises `ValueError` for a name without a rate."
     if not isinstance(step_size, Mapping): step_size = dict.fromkeys(gradient, step_size)
     missing = [k for k in gradient if k not in step_size]
     if missing: raise ValueError(f'step_size has no entry for the parameter {missing[0]!r}; it has {list(step_size)[:5]}')
@@ -97,8 +101,8 @@ def alignment(
     engine:str='forward', # 'forward' (one pass with tangents) or 'reverse' (two backward passes)
     autocast:torch.dtype|None=None, # Data type of an autocast to run the pass under, such as `torch.bfloat16`; default: none
 )->Tensor: # $\\langle v, \\nabla\\ell_i \\rangle$ for every item, shape (n,)
-    "Directional derivative of every example's loss; raises `NoForwardDerivative` where 'forward' can't be had, `ValueError` for a loss that is not per item."
-    _chosen(model, list(direction))
+    "Directional derivative of each loss; raises `NoForwardDerivative` if 'forward' can't be had, `ValueError` for a loss not per item."
+    _chosen(model, list(direction)) # for its errors
     return separate_pass(model, loss_func, batch, dict(direction), engine, autocast).alignments
 
 # %% ../nbs/00_reweight.ipynb #817c1267
@@ -132,7 +136,7 @@ def example_weights(
     step_size:float|Mapping[str,float]=1., # Learning rate of the look-ahead, one for all parameters (it cancels out) or one for each name
     engine:str='forward', # 'forward' (one pass with tangents) or 'reverse' (two backward passes)
 )->Tensor: # Non-negative weights that sum to one, or all zero if no example helps, shape (n,)
-    "Weight of every training example: how much learning from it lowers the loss on the trusted batch (Ren et al. 2018, Algorithm 1); raises what `meta_gradient` and `alignment` raise."
+    "Weights by how much learning from each example lowers the trusted loss; raises what `meta_gradient` and `alignment` raise."
     gradient,_ = meta_gradient(model, loss_func, meta_batch, params)
     u = alignment(model, loss_func, batch, scale_gradient(gradient, step_size), engine)
     return normalise(rectify(u))
@@ -146,14 +150,16 @@ def unrolled_weights(
     params:Iterable[str]|None=None, # Names of the parameters to look ahead along; default: all that require a gradient
     step_size:float|Mapping[str,float]=1., # Learning rate of the look-ahead, one for all parameters (it cancels out) or one for each name
 )->Tensor: # Non-negative weights that sum to one, or all zero if no example helps, shape (n,)
-    "Weight of every training example by differentiating through the look-ahead step (Ren et al. 2018, Algorithm 1, line by line); raises what `meta_gradient` raises."
+    "Weights by differentiating through the look-ahead step (Algorithm 1, line by line); raises what `meta_gradient` raises."
     params = {k: p.requires_grad_() for k,p in _chosen(model, params).items()}
     with torch.enable_grad():
-        with virtual_pass(model, values=_in_places(model, params)), plain_kernels(bool(recurrent_layers(model))): losses = _losses(model, loss_func, batch)
+        with virtual_pass(model, values=_in_places(model, params)), plain_kernels(bool(recurrent_layers(model))):
+            losses = _losses(model, loss_func, batch)
         epsilon = torch.zeros_like(losses, requires_grad=True)
         gradient = torch.autograd.grad((epsilon*losses).sum(), list(params.values()), create_graph=True, materialize_grads=True)
         step = scale_gradient(dict(zip(params, gradient)), step_size)
         looked_ahead = {k: p - step[k] for k,p in params.items()}
-        with virtual_pass(model, derived_seed(model_device(model)), values=_in_places(model, looked_ahead)): meta_loss = _losses(model, loss_func, meta_batch).mean()
+        seed = derived_seed(model_device(model))
+        with virtual_pass(model, seed, values=_in_places(model, looked_ahead)): meta_loss = _losses(model, loss_func, meta_batch).mean()
         u = -torch.autograd.grad(meta_loss, epsilon)[0]
     return normalise(rectify(u.detach()))

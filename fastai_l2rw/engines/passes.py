@@ -76,7 +76,7 @@ def derived_seed(
 # %% ../../nbs/02_engines.passes.ipynb #d40240bb
 @contextmanager
 def watched_functions(
-    watch, # Is given the `torch.autograd.Function`, its arguments and its keyword arguments, and gives arguments and keyword arguments
+    watch, # Is given the function's class, arguments and keyword arguments, and gives arguments and keyword arguments
 ):
     "Let `watch` see, and change, what custom functions of autograd are applied to."
     original = vars(torch.autograd.Function)['apply']
@@ -97,7 +97,8 @@ def replaced(
     if isinstance(x, (list, tuple)):
         new = [replaced(o, replace) for o in x]
         if all(a is b for a,b in zip(x, new)): return x
-        return type(x)(*new) if hasattr(x, '_fields') else type(x)(new) if type(x) in (list, tuple, torch.Size) else tuple(new)
+        if hasattr(x, '_fields'): return type(x)(*new) # a named tuple
+        return type(x)(new) if type(x) in (list, tuple, torch.Size) else tuple(new)
     if isinstance(x, dict):
         new = {k: replaced(o, replace) for k,o in x.items()}
         return x if all(new[k] is o for k,o in x.items()) else new
@@ -110,10 +111,13 @@ class Exchange(TorchFunctionMode):
         copied:Iterable[Tensor]=(), # Tensors that operators may change: these get a copy
     ):
         super().__init__()
-        self.values,self.copied = {id(k): v for k,v in values.items()},{id(t) for t in copied}
+        self.values = {id(k): v for k,v in values.items()}
+        self.copied = {id(t) for t in copied}
         self.keys = [*values, *copied] # an id says something only as long as its tensor lives
 
-    def exchange(self, t):
+    def exchange(self,
+        t:Tensor, # Any tensor
+    )->Tensor: # Another, or `t` itself
         "What takes the place of `t`."
         other = self.values.get(id(t))
         if other is not None: return other
@@ -121,14 +125,22 @@ class Exchange(TorchFunctionMode):
         self.values[id(t)] = copy = t.detach().clone()
         return copy
 
-    def call(self, func, args, kwargs):
+    def call(self,
+        func, # An operator
+        args, # Its arguments, exchanged
+        kwargs, # Its keyword arguments, exchanged
+    ): # What it gives
         "Call an operator that has its arguments by now."
         return func(*args, **kwargs)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return self.call(func, replaced(args, self.exchange), replaced(kwargs, self.exchange) if kwargs else {})
 
-    def watch(self, function, args, kwargs):
+    def watch(self,
+        function, # A class of `torch.autograd.Function`
+        args, # The arguments of a call
+        kwargs, # The keyword arguments
+    )->tuple: # Arguments and keyword arguments, exchanged
         "The arguments that a custom function of autograd gets."
         return replaced(args, self.exchange),replaced(kwargs, self.exchange)
 
@@ -160,6 +172,7 @@ def gradients(
 
 # %% ../../nbs/02_engines.passes.ipynb #f467d5fa
 _containers = dict,list,set,deque
+_not_of_users = 'builtins','torch','numpy','functools','enum','types','typing','weakref','fastcore','fastai' # packages
 _states = { # what has a state that is no attribute: how to read it, and to put it back
     torch.Generator: (lambda o: o.get_state(), lambda o,s: o.set_state(s)),
     random.Random: (lambda o: o.getstate(), lambda o,s: o.setstate(s)),
@@ -170,18 +183,25 @@ _states = { # what has a state that is no attribute: how to read it, and to put 
 def _own(o):
     "Is this an object of a class of the user's, whose attributes are a part of the model's state?"
     if isinstance(o, type) or not hasattr(o, '__dict__'): return False
-    return type(o).__module__.partition('.')[0] not in ('builtins','torch','numpy','functools','enum','types','typing','weakref','fastcore','fastai')
+    return type(o).__module__.partition('.')[0] not in _not_of_users
 
-def _kind(o): return next((k for k in _states if isinstance(o, k)), None)
+def _kind(o):
+    "The type in `_states` that an object is of, if any."
+    return next((k for k in _states if isinstance(o, k)), None)
 
 def _content(o):
     "What is in a container or an object, as a copy."
-    return o.copy() if isinstance(o, _containers) else vars(o).copy() if hasattr(o, '__dict__') and _kind(o) is None else _states[_kind(o)][0](o)
+    if isinstance(o, _containers): return o.copy()
+    if (kind := _kind(o)) is None: return vars(o).copy()
+    get,_ = _states[kind]
+    return get(o)
 
 def _put_content(o, content):
     "Let that be in it again."
     if not isinstance(o, _containers):
-        if _kind(o) is not None: return _states[_kind(o)][1](o, content)
+        if (kind := _kind(o)) is not None:
+            _,put = _states[kind]
+            return put(o, content)
         o = vars(o)
     o.clear()
     (o.extend if isinstance(o, (list, deque)) else o.update)(content)
@@ -193,7 +213,9 @@ def _same(a, b):
     if isinstance(a, (Tensor, np.ndarray)): return bool((a == b).all())
     return a == b
 
-def _same_part(a, b): return a is b or (isinstance(a, (int, float, str, bool, tuple, list, dict)) and type(a) is type(b) and _same(a, b))
+def _same_part(a, b):
+    "Are these the same, or equal where nobody could tell them apart?"
+    return a is b or (isinstance(a, (int, float, str, bool, tuple, list, dict)) and type(a) is type(b) and _same(a, b))
 
 # %% ../../nbs/02_engines.passes.ipynb #cf4fa198
 class Places:
@@ -201,7 +223,8 @@ class Places:
     def __init__(self,
         model:nn.Module, # Model to look through
     ):
-        self.contents,self.tensors,seen,todo = [],[],set(),[model]
+        self.contents,self.tensors = [],[]
+        seen,todo = set(),[model]
         while todo:
             o = todo.pop()
             if id(o) in seen: continue
@@ -217,8 +240,11 @@ class Places:
         "What has changed since."
         def differs(t, before):
             if t.shape != before.shape or t.dtype != before.dtype: return True
-            return not torch.equal(t.detach().nan_to_num() if t.is_floating_point() else t.detach(), before.nan_to_num() if t.is_floating_point() else before)
-        return [t for t,_,before in self.tensors if differs(t, before)],[o for o,content in self.contents if not _same(content, _content(o))]
+            now = t.detach()
+            if t.is_floating_point(): now,before = now.nan_to_num(),before.nan_to_num()
+            return not torch.equal(now, before)
+        tensors = [t for t,_,before in self.tensors if differs(t, before)]
+        return tensors,[o for o,content in self.contents if not _same(content, _content(o))]
 
     def put_back(self):
         "Let everything be as it was."
@@ -232,7 +258,8 @@ class ModuleState:
     def __init__(self,
         objects:Iterable, # Modules, or anything else with attributes
     ):
-        self.found = [(o, vars(o).copy(), [(v, v.copy() if v else ()) for v in vars(o).values() if isinstance(v, _containers)]) for o in objects]
+        def containers(o): return [(v, v.copy() if v else ()) for v in vars(o).values() if isinstance(v, _containers)]
+        self.found = [(o, vars(o).copy(), containers(o)) for o in objects]
 
     def put_back(self):
         "Give every object these attributes again."
@@ -282,8 +309,10 @@ def recurrent_layers(
 
 # %% ../../nbs/02_engines.passes.ipynb #867bfef9
 _attention = { # which kernels of attention may be used: how to read it
-    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled, SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
-    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled, SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled}
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
+    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled}
 _allowed = [[*_attention]] # those that were allowed outside of each `plain_kernels`
 
 # %% ../../nbs/02_engines.passes.ipynb #ec79f53b
@@ -297,7 +326,8 @@ def plain_kernels(
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         if recurrent: torch.backends.mkldnn.enabled = False # mkldnn.flags() would set the TF32 flag too, which warns
-        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext(): yield
+        cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+        with sdpa_kernel(SDPBackend.MATH), cudnn: yield
     finally:
         _allowed.pop()
         torch.backends.mha.set_fastpath_enabled(fast_mha)
@@ -319,12 +349,14 @@ def virtual_pass(
     changing:tuple[list,list]=((),()), # What else is known to change, as `Places.changed` gives it
     states:tuple|None=None, # Random states to begin with, instead of a seed
 ):
-    "Let the body run `model`, and leave it and the random streams as they were, also when the body fails; raises `TypeError` for scripted modules."
+    "Let the body run `model`, and leave all as it was, also when the body fails; raises `TypeError` for scripted modules."
     modules,device = _all_modules(model),model_device(model)
     tensors,others = changing
-    copied = {id(t): t for t in [*(b for m in modules for b in m._buffers.values() if b is not None), *tensors]}
+    buffers = [b for m in modules for b in m._buffers.values() if b is not None]
+    copied = {id(t): t for t in [*buffers, *tensors]}
     cut_off = {p: p.detach() for p in model.parameters() if id(p) not in copied}
-    values = {**cut_off, **{p: v.clone() if id(p) in copied else v for p,v in (values or {}).items()}}
+    given = {p: v.clone() if id(p) in copied else v for p,v in (values or {}).items()}
+    values = {**cut_off, **given}
     attributes,contents = ModuleState(modules),[(o, _content(o)) for o in others]
     try:
         _by_themselves(modules)

@@ -28,8 +28,8 @@ def item_losses(
     n_items:int, # Number of items in the batch
 )->Tensor: # Shape (n_items,)
     "Average the losses over everything but the batch, to one value per item; raises `ValueError` where that can't be."
-    if losses.ndim > 0 and losses.numel() >= n_items > 0 and (
-        losses.shape[0] == n_items or (losses.ndim == 1 and losses.numel() % n_items == 0)):
+    enough = losses.ndim > 0 and losses.numel() >= n_items > 0
+    if enough and (losses.shape[0] == n_items or (losses.ndim == 1 and losses.numel() % n_items == 0)):
         return losses.reshape(n_items, -1).mean(1)
     raise ValueError(f'the loss function returned a tensor of shape {tuple(losses.shape)} for a batch of {n_items} items, '
         f"but one value per item is needed: shape ({n_items},) or ({n_items}, ...). Pass a loss with reduction='none'.")
@@ -45,13 +45,15 @@ class Aligned:
 # %% ../../nbs/05_engines.routes.ipynb #97e87b20
 def _missing_operator(error):
     "The operator that PyTorch could not differentiate in forward mode, or `None` if `error` says something else."
-    if found := re.search(r'forward AD with (\S+) that', str(error)): return found[1]
-    if 'autograd Function' in str(error) or 'autograd.Function' in str(error): return 'a custom torch.autograd.Function'
-    if 'Nested forward mode AD is not supported' in str(error): return 'a forward-mode derivative inside of the model (torch.func.jvp)'
-    if 'does not support automatic differentiation for outputs with complex dtype' in str(error): return 'an operator on complex numbers'
-    if found := re.search(r'(Batching rule|ZeroTensor|sparse|Sparse)\S*', str(error)): return f'an operator that fails with "{str(error).splitlines()[0][:100]}"'
+    message = str(error)
+    if found := re.search(r'forward AD with (\S+) that', message): return found[1]
+    if 'autograd Function' in message or 'autograd.Function' in message: return 'a custom torch.autograd.Function'
+    if 'Nested forward mode AD is not supported' in message: return 'a forward-mode derivative inside of the model (torch.func.jvp)'
+    if 'does not support automatic differentiation for outputs with complex dtype' in message: return 'an operator on complex numbers'
+    if re.search(r'Batching rule|ZeroTensor|[sS]parse', message): return f'an operator that fails with "{message.splitlines()[0][:100]}"'
 
 def _losses_of(model, loss_func, batch):
+    "One loss per item of a batch, and the model's output."
     output = run(model, as_tuple(batch[0]))
     return item_losses(loss_func(output, *as_tuple(batch[1])), batch_size(batch[0])),output
 
@@ -62,7 +64,8 @@ def _forward(model, loss_func, batch, direction, inside):
         try:
             with torch.enable_grad(), forward_ad.dual_level(): # nothing requires a gradient, so no graph is kept
                 values = {params[k]: forward_ad.make_dual(params[k].detach(), v) for k,v in direction.items()}
-                with inside(values=values, mode=partial(DualPass, use_rules=use_rules)): losses,output = _losses_of(model, loss_func, batch)
+                mode = partial(DualPass, use_rules=use_rules)
+                with inside(values=values, mode=mode): losses,output = _losses_of(model, loss_func, batch)
                 losses,u = forward_ad.unpack_dual(losses)
                 output = tree_map_only(Tensor, lambda t: plain_tensor(forward_ad.unpack_dual(t).primal), output)
             return Aligned(torch.zeros_like(losses) if u is None else u.detach(), losses.detach(), output)
@@ -89,7 +92,7 @@ def along_graph(
     tangents:list[Tensor], # A direction for each
     retain_graph:bool=False, # Is the graph needed again?
 )->Tensor: # Shape (n,)
-    "Directional derivatives of losses by two backward passes through their graph; raises `NotImplementedError` for an operator without a second derivative."
+    "Directional derivatives by two backward passes through the graph; raises `NotImplementedError` if one has no second derivative."
     if not losses.requires_grad: return torch.zeros_like(losses)
     cotangent = torch.zeros_like(losses, requires_grad=True)
     try:
@@ -99,8 +102,9 @@ def along_graph(
         return gradients([projection], [cotangent], retain_graph=retain_graph)[0].detach()
     except RuntimeError as e:
         if not (found := re.search(r'derivative for (\S+) is not implemented', str(e))): raise
-        raise NotImplementedError(f"engine='reverse' can't be used: {found[1]} has no derivative in PyTorch {torch.__version__}. "
-            f"{without_both(found[1]) or 'Use engine=' + repr('forward') + ', which needs no second derivative.'}") from e
+        advice = without_both(found[1]) or "Use engine='forward', which needs no second derivative."
+        raise NotImplementedError(
+            f"engine='reverse' can't be used: {found[1]} has no derivative in PyTorch {torch.__version__}. {advice}") from e
 
 def _inner(a, b):
     "Inner product of a gradient and a direction, of sparse ones and of complex ones too."
@@ -114,8 +118,10 @@ def item_by_item(
     tangents:list[Tensor], # A direction for each
 )->Tensor: # Shape (n,)
     "Directional derivatives of losses by a backward pass for each, which works for whatever can be trained, and takes long."
-    found = [gradients([l], inputs, retain_graph=True) for l in losses]
-    return torch.stack([sum(_inner(g, v) for g,v in zip(gs, tangents) if v is not None) + l.detach()*0 for gs,l in zip(found, losses)])
+    def along(loss):
+        found = gradients([loss], inputs, retain_graph=True)
+        return sum(_inner(g, v) for g,v in zip(found, tangents) if v is not None) + loss.detach()*0 # a tensor also where the sum is 0
+    return torch.stack([along(l) for l in losses])
 
 # %% ../../nbs/05_engines.routes.ipynb #74f2d154
 def separate_pass(
@@ -127,7 +133,7 @@ def separate_pass(
     autocast:torch.dtype|None=None, # Data type of an autocast to run the pass under; default: none
     changing:tuple=((),()), # What else is known to change, as `Places.changed` gives it
 )->Aligned: # Alignments, losses and output
-    "The alignments of a batch by a pass on the side; raises `NoForwardDerivative` where 'forward' can't be had, `ValueError` for a loss that is not per item."
+    "Alignments by a pass on the side; raises `NoForwardDerivative` if 'forward' can't be had, `ValueError` for a loss not per item."
     if engine not in _engines: raise ValueError(f"engine={engine!r} is unknown: use 'forward' or 'reverse'")
     inside = partial(virtual_pass, model, autocast=autocast, changing=changing)
     with plain_kernels(bool(recurrent_layers(model))): return _engines[engine](model, loss_func, batch, direction, inside)
@@ -158,7 +164,8 @@ def along_output(
     outputs = [o for o in own.outputs if o.grad_fn in met] # a model may return more than the loss makes use of
     tangents = own.tangents(direction, outputs)
     trained = {id(p) for p in own.params.values()}
-    if any(id(getattr(node, 'variable', None)) in trained for node in nodes): raise InDoubt('a loss that depends on the parameters by itself')
+    if any(id(getattr(node, 'variable', None)) in trained for node in nodes):
+        raise InDoubt('a loss that depends on the parameters by itself')
     moved = [(o, t) for o,t in zip(outputs, tangents) if t is not None]
     if not moved or not losses.requires_grad: return torch.zeros_like(losses)
     outputs,tangents = map(list, zip(*moved))
@@ -217,7 +224,8 @@ class Engine:
 
     def begin(self):
         "Begin a fit: nothing is known yet but which operators have no forward derivative."
-        self.steps,self.doubts,self.compared,self.agreed,self.route,self.on_route = Counter(),Counter(),0,None,None,0
+        self.steps,self.doubts,self.compared,self.agreed = Counter(),Counter(),0,None
+        self.route,self.on_route = None,0 # the route that steps begin with, and how many have done so
 
     def statistics(self)->dict: # Steps by route, doubts by what was met, number of comparisons
         "How the alignments of this fit were found."
@@ -238,7 +246,9 @@ class Engine:
         if low_precision and self.route == 'own pass': self.take('separate pass')
         return self.route
 
-    def take(self, route):
+    def take(self,
+        route:str, # 'own pass', 'own graph' or 'separate pass'
+    ):
         "Go on by another route."
         self.route,self.on_route = route,0
 
@@ -260,8 +270,8 @@ class Engine:
         except NoForwardDerivative as e:
             if self.engine != 'auto': raise
             self.kind = 'reverse'
-            warnings.warn(f"{e.operator} has no forward-mode derivative in PyTorch, so two backward passes take the place of tangents, as by engine='reverse', "
-                "from now on: as exact, but slower and with more memory. Pass engine='reverse' to silence this.")
+            warnings.warn(f'{e.operator} has no forward-mode derivative in PyTorch, so two backward passes take the place of tangents, '
+                "as by engine='reverse', from now on: as exact, but slower and with more memory. Pass engine='reverse' to silence this.")
             if not self.separate and not self.unseen:
                 self.take('own graph')
                 self.doubts[f'{e.operator}, which has no forward-mode derivative'] += 1
@@ -290,8 +300,10 @@ class Engine:
             self.compared += 1
             self.agreed = agrees_with_graph(u, losses, inputs, tangents, 1e-3 if self.engine == 'auto' else 0.05)
             if not self.agreed:
-                if self.engine != 'auto': raise ValueError(f"engine={self.engine!r} can't be used: the alignments that it gives are not those of the Learner's own pass "
-                    "(gradient hooks, a model that does not give the same twice, or a callback that changes what the loss gets?). Use engine='auto'.")
+                if self.engine != 'auto': raise ValueError(
+                    f"engine={self.engine!r} can't be used: the alignments that it gives are not those of the Learner's own pass "
+                    '(gradient hooks, a model that does not give the same twice, or a callback that changes what the loss gets?). '
+                    "Use engine='auto'.")
                 u,doubt = None,'alignments that differ from those by the graph'
                 self.take('separate pass' if route == 'own pass' and self.kind == 'forward' else 'own graph')
         self.on_route += 1
@@ -299,27 +311,37 @@ class Engine:
         if u is None: u,route = self.by_graph(losses, inputs, tangents),'own graph'
         return self.count(Aligned(u, losses, route=route))
 
-    def count(self, found):
+    def count(self,
+        found:Aligned, # Of this step
+    )->Aligned: # The same
         "Count the step by its route, and say once in a fit if many steps took the graph."
         self.steps[found.route] += 1
         n = sum(self.steps.values())
         if n == 40 and self.steps['own graph'] > n/10 and self.kind == 'forward' and self.engine == 'auto':
             most = max(self.doubts, key=self.doubts.get, default='a gradient hook')
-            warnings.warn(f"{self.steps['own graph']} of {n} steps took their weights from two backward passes through the Learner's own graph, which are "
-                f"as exact as tangents, but slower and with more memory, because of {most}.")
+            warnings.warn(f"{self.steps['own graph']} of {n} steps took their weights from two backward passes through the Learner's "
+                f'own graph, which are as exact as tangents, but slower and with more memory, because of {most}.')
         return found
 
-    def by_graph(self, losses, inputs, tangents):
+    def by_graph(self,
+        losses:Tensor, # One loss per item, with the history of the Learner's own pass
+        inputs:list[Tensor], # Parameters
+        tangents:list[Tensor], # A direction for each
+    )->Tensor: # Shape (n,)
         "The alignments by the graph of the Learner's own pass."
         try: return along_graph(losses, inputs, tangents, retain_graph=True)
         except NotImplementedError as e:
             self.doubts[str(e).partition(': ')[2].partition(' in PyTorch')[0]] += 1
             return item_by_item(losses, inputs, tangents)
 
-    def note_doubt(self, doubt, route):
+    def note_doubt(self,
+        doubt:str, # What was met
+        route:str, # The route of the step
+    ):
         "Count it; give the route up where nearly every step is in doubt."
         self.doubts[doubt] += 1
-        if self.route == route == 'own pass' and self.on_route in (2, 8, 32) and sum(self.doubts.values()) > 0.75*self.on_route:
+        nearly_all = sum(self.doubts.values()) > 0.75*self.on_route
+        if self.route == route == 'own pass' and self.on_route in (2, 8, 32) and nearly_all:
             self.take('separate pass' if self.kind == 'forward' else 'own graph')
 
 def hooked_parameter(

@@ -10,7 +10,7 @@ __all__ = ['rules', 'takes_gradient', 'sets_hook', 'Rule', 'rule', 'plain_tensor
 
 # %% ../../nbs/03_engines.rules.ipynb #cb73d961
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from .passes import Exchange, own_attention
 @dataclass
 class Rule:
     "How tangents pass through an operator."
-    follow:Callable # `follow(op, out, *args, **kwargs)` gives a function from tangents, in the places of the tensors in the arguments, to that of `out`; or `None`
+    follow:Callable # `follow(op, out, *args, **kwargs)` gives a function from the tangents of the arguments to that of `out`, or `None`
     keeps:str='' # Whose values it needs later: 'inputs', 'output' or nobody's
     own_memory:bool=False # Does the tangent that it gives lie in memory of its own?
     random:bool=False # May a call draw random numbers?
@@ -72,7 +72,8 @@ def without_both(
 )->str: # What to do then, empty for others
     "Advice for operators that have neither a forward-mode derivative nor a second one."
     if 'embedding_bag' not in operator: return ''
-    return "Use nn.Embedding and a mean or a sum in the place of nn.EmbeddingBag, or MetaReweightCallback with engine='auto', which needs neither."
+    return ('Use nn.Embedding and a mean or a sum in the place of nn.EmbeddingBag, '
+        "or MetaReweightCallback with engine='auto', which needs neither.")
 
 class NoForwardDerivative(NotImplementedError):
     "An operator of the model has no forward-mode derivative, so the engine 'forward' can't be used."
@@ -80,8 +81,8 @@ class NoForwardDerivative(NotImplementedError):
         operator:str, # Name of the operator, as PyTorch reports it
     ):
         self.operator = operator
-        super().__init__(f"engine='forward' can't be used: {operator} has no forward-mode derivative in PyTorch {torch.__version__}. "
-            f"{without_both(operator) or 'Use engine=' + repr('reverse') + ', which is exact as well, but slower.'}")
+        advice = without_both(operator) or "Use engine='reverse', which is exact as well, but slower."
+        super().__init__(f"engine='forward' can't be used: {operator} has no forward-mode derivative in PyTorch {torch.__version__}. {advice}")
 
 # %% ../../nbs/03_engines.rules.ipynb #9ab81098
 with warnings.catch_warnings(), forward_ad.dual_level(): # the first dual number makes PyTorch load what warns of itself
@@ -187,9 +188,12 @@ def layer_norm_rule(op, out, *args, **kwargs):
 
 # %% ../../nbs/03_engines.rules.ipynb #67482d6b
 def _attention_tangent(q, k, v, mask, is_causal, scale, dq, dk, dv):
+    "The tangent by the softmax's formula; `None` stands for a tangent of zero."
     factor = q.shape[-1]**-0.5 if scale is None else scale
     scores = q @ k.transpose(-2, -1) * factor
-    if is_causal: scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril().logical_not(), -torch.inf)
+    if is_causal:
+        past = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(past.logical_not(), -torch.inf)
     if mask is not None: scores = scores.masked_fill(mask.logical_not(), -torch.inf) if mask.dtype == torch.bool else scores + mask
     p,dout = scores.softmax(-1),0
     moved = [a @ b.transpose(-2, -1) * factor for a,b in ((dq, k), (q, dk)) if a is not None and b is not None]
@@ -273,7 +277,8 @@ def max_pool_rule(op, out, *args, **kwargs):
     return lambda x, *args, **kwargs: x.flatten(-2).gather(-1, places.flatten(-2)).view(places.shape)
 
 # %% ../../nbs/03_engines.rules.ipynb #2e321160
-_diagonal = {f'{o}Backward{i}' for i in (0, 1) for o in ('Silu','Gelu','Hardswish','Hardsigmoid','Hardtanh','LeakyRelu','Elu','Mish','Sigmoid','Tanh')}
+_activations = 'Silu','Gelu','Hardswish','Hardsigmoid','Hardtanh','LeakyRelu','Elu','Mish','Sigmoid','Tanh'
+_diagonal = {f'{o}Backward{i}' for o in _activations for i in (0, 1)} # nodes
 
 # %% ../../nbs/03_engines.rules.ipynb #86fdb78a
 @rule(F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.hardtanh, F.relu6, F.leaky_relu, F.elu, F.mish,
@@ -298,18 +303,32 @@ takes_gradient = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 sets_hook = {Tensor.register_hook}
 
 class DualPass(Exchange):
-    "Dual numbers in the places of parameters."
-    def __init__(self, values, copied=(), use_rules=True):
+    "Dual numbers in the places of parameters; raises `NoForwardDerivative` for a hook, and `GradientInside` for a gradient."
+    def __init__(self,
+        values:Mapping[Tensor,Tensor], # Dual numbers by parameter
+        copied:Iterable[Tensor]=(), # Tensors that operators may change: these get a copy
+        use_rules:bool=True, # Apply our rules, where there are any?
+    ):
         super().__init__(values, copied)
         self.use_rules = use_rules
 
-    def call(self, func, args, kwargs):
+    def call(self,
+        func, # An operator
+        args, # Its arguments, exchanged
+        kwargs, # Its keyword arguments, exchanged
+    ): # What it gives, with tangents
+        "Call an operator, by its rule if it has one."
         if self.use_rules and func in takes_gradient: raise GradientInside
         if func in sets_hook: raise NoForwardDerivative('a gradient hook (Tensor.register_hook)')
         known = rules.get(func) if self.use_rules else None
         out = func(*args, **kwargs) if known is None or known.dual is None else known.dual(func, *args, **kwargs)
         return out if torch.is_grad_enabled() else tree_map_only(Tensor, lambda t: forward_ad.unpack_dual(t).primal, out)
 
-    def watch(self, function, args, kwargs):
+    def watch(self,
+        function, # A class of `torch.autograd.Function`
+        args, # The arguments of a call
+        kwargs, # The keyword arguments
+    )->tuple: # Arguments and keyword arguments, exchanged
+        "The arguments that a custom function of autograd gets; raises `NoForwardDerivative` for a module's hook."
         if 'BackwardHook' in function.__name__: raise NoForwardDerivative('a hook on the gradient of a module')
         return super().watch(function, args, kwargs)

@@ -21,8 +21,10 @@ def coupling_layer(
     "A layer of PyTorch's that lets the examples of a batch act on each other, or on running means."
     norms = nn.modules.batchnorm
     for k,m in model.named_modules():
-        by_batch = m.running_mean is None and isinstance(m, norms._BatchNorm) if isinstance(m, norms._NormBase) else False
-        if isinstance(m, norms._NormBase) and (m.training and m.running_mean is not None or by_batch):
+        if not isinstance(m, norms._NormBase): continue
+        moves_means = m.training and m.running_mean is not None
+        goes_by_batch = isinstance(m, norms._BatchNorm) and m.running_mean is None
+        if moves_means or goes_by_batch:
             return f'{k}, a {type(m).__name__} in {"training" if m.training else "evaluation"} mode'
 
 def rows_of(
@@ -59,8 +61,9 @@ def losses_act_on_others(
 )->bool: # Do they?
     "Does the loss of an example depend on the others in its batch?"
     n = batch_size(targets)
+    device = next(t.device for t in tree_leaves(output) if isinstance(t, Tensor))
     def seeded(seed):
-        with forked_random(next(t.device for t in tree_leaves(output) if isinstance(t, Tensor)), seed): return losses(output, *targets)
+        with forked_random(device, seed): return losses(output, *targets)
     whole = seeded(0)
     if not torch.equal(whole, seeded(1)): return False # it is random, and draws other numbers for fewer items
     for part in (slice(n//2), slice(n//2, n)):

@@ -11,6 +11,7 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import TensorWeakRef
@@ -32,7 +33,9 @@ def _tensors(x):
 
 _saving_hooks = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', lambda ignore_is_tracing: None)
 
-def operator_name(func)->str: # For people
+def operator_name(
+    func, # An operator, as a mode is given it
+)->str: # For people
     "How to call an operator that a mode was given."
     name = getattr(func, '__name__', None) or str(func)
     if name in ('__get__', '__set__'): name = f"{getattr(getattr(func, '__self__', None), '__name__', '')}.{name}"
@@ -40,12 +43,14 @@ def operator_name(func)->str: # For people
     return f'Tensor.{name}' if of_tensors else name
 
 # %% ../../nbs/04_engines.tape.ipynb #cf131444
-_only_shapes = {torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.movedim, torch.chunk, torch.split, torch.unbind,
-    Tensor.flatten, Tensor.reshape, Tensor.view, Tensor.permute, Tensor.transpose, Tensor.squeeze, Tensor.unsqueeze, Tensor.movedim, Tensor.chunk, Tensor.split,
-    Tensor.expand, Tensor.expand_as, Tensor.view_as, Tensor.contiguous, Tensor.as_subclass, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__, Tensor.unbind}
-_no_values = {torch.cat, torch.stack, torch.mean, Tensor.mean, torch.sum, Tensor.sum, torch.nn.functional.adaptive_avg_pool2d, torch.nn.functional.avg_pool2d}
-_not_random = {*_only_shapes, *_no_values, Tensor.__getitem__, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.nn.functional.layer_norm,
-    torch.nn.functional.group_norm, torch.softmax, Tensor.softmax, torch.nn.functional.softmax}
+_only_shapes = {torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, torch.movedim,
+    torch.chunk, torch.split, torch.unbind,
+    Tensor.flatten, Tensor.reshape, Tensor.view, Tensor.permute, Tensor.transpose, Tensor.squeeze, Tensor.unsqueeze, Tensor.movedim,
+    Tensor.chunk, Tensor.split, Tensor.expand, Tensor.expand_as, Tensor.view_as, Tensor.contiguous, Tensor.as_subclass, Tensor.t,
+    Tensor.T.__get__, Tensor.mT.__get__, Tensor.unbind}
+_no_values = {torch.cat, torch.stack, torch.mean, Tensor.mean, torch.sum, Tensor.sum, F.adaptive_avg_pool2d, F.avg_pool2d}
+_not_random = {*_only_shapes, *_no_values, Tensor.__getitem__, torch.matmul, Tensor.matmul, Tensor.__matmul__, F.layer_norm,
+    F.group_norm, torch.softmax, Tensor.softmax, F.softmax}
 
 class _Call:
     "A call on the tape."
@@ -67,12 +72,15 @@ class Tape(TorchFunctionMode):
         self.entries,self.storages = {},{} # tensor -> its number; memory -> tensors that lie in it
         for p in params.values(): self._add(p)
 
-    def number(self, t):
+    def number(self,
+        t:Tensor, # Any tensor
+    )->int|None: # Its number on the tape
         "The number of a tensor that depends on the parameters, `None` for others, -1 for one whose memory was changed by another name."
         entry = self.entries.get(id(t))
         if entry is not None and entry[0]() is t: return entry[1]
 
     def _add(self, t, number=None):
+        "Number a tensor, by default by the next number."
         if number is None: number,self.n = self.n,self.n + 1
         entry = TensorWeakRef(t),number
         self.entries[id(t)] = entry
@@ -102,9 +110,10 @@ class Tape(TorchFunctionMode):
         return out
 
     def _note(self, func, known, args, kwargs, given, numbers, states, versions, out, foreign):
+        "Put a call on the tape, or say what is in doubt."
         outs = [out] if isinstance(out, Tensor) else list(_tensors((out,)))
-
-        if func in takes_gradient or func in sets_hook or torch._C._are_functorch_transforms_active(): self.doubt = operator_name(func)
+        transforms = torch._C._are_functorch_transforms_active()
+        if func in takes_gradient or func in sets_hook or transforms: self.doubt = operator_name(func)
         if -1 in numbers: self.doubt = f'{operator_name(func)} on memory that was changed by another name'
         if foreign and outs: self.doubt = f'{operator_name(func)} of what comes from where the tape does not see'
         if out is None: self.doubt = operator_name(func) # something was set
@@ -120,9 +129,7 @@ class Tape(TorchFunctionMode):
         call = _Call()
         call.func,call.known,call.tangent,call.states,call.numbers = func,known,tangent,states,numbers
         if tangent is None:
-            call.args,call.kwargs = replaced([*args], lambda t: t),replaced(kwargs, lambda t: t)
-            if call.args is args: call.args = [*args]
-            call.args = _own_lists(call.args) # the model may go on filling its own
+            call.args,call.kwargs = _own_lists([*args]),kwargs # the model may go on filling its own
             keep = [] if func in _only_shapes or func in _no_values else given
         else:
             numbered = iter(numbers) # numbers in the places of the tensors
@@ -132,7 +139,9 @@ class Tape(TorchFunctionMode):
         call.results = [self._add(o) if o.requires_grad else None for o in outs]
         self.calls.append(call)
 
-    def depends(self, numbers):
+    def depends(self,
+        numbers:list, # Numbers of tensors
+    )->bool: # Does one?
         "Does one of these tensors follow from another?"
         for k in numbers:
             before = {k}
@@ -141,9 +150,14 @@ class Tape(TorchFunctionMode):
             if before.intersection(numbers) - {k, None}: return True
         return False
 
-    def watch(self, function, args, kwargs):
+    def watch(self,
+        function, # A class of `torch.autograd.Function`
+        args, # The arguments of a call
+        kwargs, # The keyword arguments
+    )->tuple: # These, as they are
         "A custom function of autograd is a doubt where it gets anything that depends on the parameters."
-        if not self.doubt and any(self.number(t) is not None for t in _tensors((args, kwargs))): self.doubt = f'{function.__name__}, a torch.autograd.Function'
+        if self.doubt: return args,kwargs
+        if any(self.number(t) is not None for t in _tensors((args, kwargs))): self.doubt = f'{function.__name__}, a torch.autograd.Function'
         return args,kwargs
 
     def __enter__(self):
@@ -175,7 +189,9 @@ def _with_tangents(x, tangents):
     if isinstance(x, dict): return {k: _with_tangents(o, tangents) for k,o in x.items()}
     return x
 
-def _own_lists(x): return type(x)(map(_own_lists, x)) if type(x) in (list, tuple) else x
+def _own_lists(x):
+    "Arguments in lists and tuples of their own."
+    return type(x)(map(_own_lists, x)) if type(x) in (list, tuple) else x
 
 # %% ../../nbs/04_engines.tape.ipynb #5ef7d944
 def _compute_again(tape, call, tangents):
@@ -184,12 +200,13 @@ def _compute_again(tape, call, tangents):
         for g,state in zip(random_generators(tape.device), call.states): g.set_state(state)
     each = iter(call.numbers)
     def dual(t):
-        t,tangent = t.clone() if id(t) in tape.buffers else t,tangents.get(next(each)) # it may change them
+        tangent = tangents.get(next(each))
+        if id(t) in tape.buffers: t = t.clone() # it may change them
         return plain_tensor(t) if tangent is None else forward_ad.make_dual(plain_tensor(t), tangent)
     with torch.enable_grad(), forward_ad.dual_level():
         args,kwargs = replaced(call.args, dual),replaced(call.kwargs, dual)
-        known = rules.get(call.func)
-        out = known.dual(call.func, *args, **kwargs) if known is not None and known.dual is not None else call.func(*args, **kwargs)
+        has_rule = call.known is not None and call.known.dual is not None
+        out = call.known.dual(call.func, *args, **kwargs) if has_rule else call.func(*args, **kwargs)
         return [forward_ad.unpack_dual(o).tangent for o in _tensors((out,))]
 
 # %% ../../nbs/04_engines.tape.ipynb #3300a5ac
@@ -202,11 +219,12 @@ def follow(
     tangents = dict(enumerate(direction[k] for k in tape.names))
     last = {k: i for i,call in enumerate(tape.calls) for k in call.numbers}
     uses = Counter(k for call in tape.calls for k in call.numbers)
-    own = {k for call in tape.calls if call.tangent is not None and call.known.own_memory for k in call.results if uses[k] == 1}
-    spare = own.difference(wanted) # those that a single call needs
+    fresh = [call for call in tape.calls if call.tangent is not None and call.known.own_memory]
+    spare = {k for call in fresh for k in call.results if uses[k] == 1}.difference(wanted) # those that a single call needs
     for i,call in enumerate(tape.calls):
         if any(k in tangents for k in call.numbers):
-            if any(t._version != version for t,version in call.kept): raise InDoubt(f'{operator_name(call.func)} of what was changed in place later')
+            if any(t._version != version for t,version in call.kept):
+                raise InDoubt(f'{operator_name(call.func)} of what was changed in place later')
             if call.tangent is None: found = _compute_again(tape, call, tangents)
             else:
                 more = dict(spare=True) if call.known.takes_spare and call.numbers[0] in spare else {}
@@ -237,17 +255,22 @@ class OwnPass:
     ):
         self.model,self.params,self.inputs,self.whole,self.doubt = model,params,inputs,whole,doubt
         self.tape = self.output = None
-        self.noted = ()
+        self.noted = () # the output's tensors, with their versions and nodes
         self.seen = self.within = self.low_precision = False
         self.buffers = [(o, o.clone()) for o in model.buffers()]
         self.before = vars(model).get('forward') # a `forward` of this very model, if it has one
         vars(model)['forward'] = self.wrapper = _Forward(self, model.forward)
 
-    def run(self, forward, args, kwargs):
+    def run(self,
+        forward, # The model's own `forward`
+        args, # The arguments of the call
+        kwargs, # The keyword arguments
+    ): # What `forward` gives
         "A call of the model."
-        expected = not self.within and torch.is_grad_enabled() and len(args) == len(self.inputs) and all(a is b for a,b in zip(args, self.inputs))
-        if not expected: return forward(*args, **kwargs)
-        self.within,device = True,model_device(self.model)
+        same_inputs = len(args) == len(self.inputs) and all(a is b for a,b in zip(args, self.inputs))
+        if self.within or not torch.is_grad_enabled() or not same_inputs: return forward(*args, **kwargs)
+        self.within = True
+        device = model_device(self.model)
         self.low_precision = torch.is_autocast_enabled(device.type)
         if self.low_precision: self.doubt = self.doubt or 'autocast'
         try:
@@ -264,18 +287,24 @@ class OwnPass:
         return self.output
 
     @property
-    def outputs(self)->list:
+    def outputs(self)->list: # Tensors
         "The tensors of the output that have a history."
         return [o for o in tree_leaves(self.output) if isinstance(o, Tensor) and o.requires_grad]
 
-    def gave(self, x)->bool:
+    @property
+    def unchanged(self)->bool: # Is it?
+        "Is the output still what the pass gave, not changed in place?"
+        return all(o._version == version and o.grad_fn is node for o,version,node in self.noted)
+
+    def gave(self,
+        x, # Tensors, in whatever is built of tuples, lists and dictionaries
+    )->bool: # Is it?
         "Is all that has a history in `x` the model's own output, but for its type?"
         ends = {o.grad_fn for o in self.outputs if o.grad_fn is not None}
         def is_own(node):
-            while node is not None and node not in ends and type(node).__name__ in ('ToCopyBackward0','AliasBackward0'): node = node.next_functions[0][0]
+            while node not in ends and type(node).__name__ in ('ToCopyBackward0','AliasBackward0'): node = node.next_functions[0][0]
             return node in ends
-        unchanged = all(o._version == version and o.grad_fn is node for o,version,node in self.noted)
-        return unchanged and all(is_own(o.grad_fn) for o in tree_leaves(x) if isinstance(o, Tensor) and o.grad_fn is not None)
+        return self.unchanged and all(is_own(o.grad_fn) for o in tree_leaves(x) if isinstance(o, Tensor) and o.grad_fn is not None)
 
     @torch.no_grad()
     def restore(self):
@@ -300,9 +329,9 @@ class OwnPass:
     )->list: # One for each of `outputs`, `None` for zero
         "Tangents of the output; raises `InDoubt` where they can't be known, and where one of several follows from another."
         if self.doubt or not self.seen: raise InDoubt(self.doubt or 'another pass than the expected one')
-        if any(o._version != version or o.grad_fn is not node for o,version,node in self.noted): raise InDoubt('an output that was changed in place')
+        if not self.unchanged: raise InDoubt('an output that was changed in place')
         numbers = [self.tape.number(o) for o in outputs]
-        if -1 in numbers or None in numbers and self.whole: raise InDoubt('an output that the tape does not know')
+        if -1 in numbers or (None in numbers and self.whole): raise InDoubt('an output that the tape does not know')
         if len(numbers) > 1 and self.tape.depends(numbers): raise InDoubt('an output that follows from another one')
         try:
             with forked_random(model_device(self.model)), plain_kernels(bool(recurrent_layers(self.model))), torch.no_grad():
