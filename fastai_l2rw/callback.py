@@ -97,7 +97,7 @@ def check_whole_numbers(
 ):
     "Raise `ValueError` for a value that is no whole number, or too small."
     for name,(value,least) in given.items():
-        if not isinstance(value, int) or value < least: raise ValueError(f'{name}={value!r} must be a whole number, {least} or more')
+        if isinstance(value, bool) or not isinstance(value, int) or value < least: raise ValueError(f'{name}={value!r} must be a whole number, {least} or more')
 
 # %% ../nbs/11_callback.ipynb #e491b2f7
 @patch(as_prop=True)
@@ -275,8 +275,7 @@ class MetaWeightNetCallback(MetaReweightCallback):
         searching:bool, # Is this a search for a learning rate? It gets a copy to play with
     )->LossWeigher: # For a fit
         "The weigher goes on from fit to fit."
-        if searching and self.weigher.net is not None: return deepcopy(self.weigher)
-        return self.weigher
+        return deepcopy(self.weigher) if searching else self.weigher
 
     @property
     def weight_net(self):

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 from fastai.callback.core import CancelFitException
+from fastai.callback.rnn import RNNCallback
 from fastai.optimizer import Optimizer
 from fastai.torch_core import one_param
 from fastcore.basics import patch
@@ -197,6 +199,8 @@ class Fit:
         self.traces = (),() # what a pass changes, found when the model is tried out
         self.meta_batch = None # the trusted batch at hand
         self.means = None # of the epoch, until they are logged
+        lazy = [k for k,p in self.model.named_parameters() if is_lazy(p)]
+        if lazy: raise ValueError(f'the parameter {lazy[0]} has no shape yet: run one batch through the model, learn.model(*xb), before you make the Learner')
         engine.begin()
         self.find_parameters()
         self.resume(seed)
@@ -255,7 +259,7 @@ class Fit:
             if choose is not None: why = 'params(learn.model) gives none that the optimizer moves; are they frozen?'
             raise ValueError(f'there is no parameter to look ahead along: {why}')
         self.params = {k: p for k,p in self.model.named_parameters() if k in self.groups}
-        self.whole = len(self.params) == len(names)
+        self.with_gradient = [p.requires_grad for p in self.model.parameters()]
 
     @property
     def changing(self)->tuple: # Tensors, and objects
@@ -328,7 +332,9 @@ def explain_labels(self:Fit,
 ):
     "Raise `ValueError` if the labels of a trusted batch are of another kind than those of training."
     dls = self.learn.dls
-    with forked_random(self.device, 0): batch = next(iter(dls.train))
+    try:
+        with forked_random(self.device, 0): batch = next(iter(dls.train))
+    except Exception: return # what is wrong with that loader is not what has to be explained
     if not isinstance(batch, (tuple, list)): return
     n_inp = getattr(dls, 'n_inp', None) or max(len(batch) - 1, 1)
     check_labels(targets, label_kind(plain_tensors(tuple(batch[n_inp:]))))
@@ -339,7 +345,7 @@ def check_skippable(self:Fit):
     if layer := coupling_layer(self.model): raise ValueError(
         f"skip_zeros=True can't be used with this model: in {layer}, the examples of a batch act on each other or on running means, "
         'so those with weight zero count. Use a model without batch norm, or one whose batch norm is frozen (in evaluation mode).')
-    if any(type(cb).__name__ == 'RNNCallback' for cb in self.learn.cbs):
+    if any(isinstance(cb, RNNCallback) for cb in self.learn.cbs):
         raise ValueError("skip_zeros=True can't be used with RNNCallback, whose regularizer takes all examples of a batch into account")
 
 # %% ../nbs/10_fit.ipynb #bf0b5a45
@@ -394,6 +400,7 @@ def before_pass(self:Fit):
     "Begin a step, and do what has to be done before the Learner's pass."
     learn = self.learn
     if self.step is not None: self.step.close()
+    if self.with_gradient != [p.requires_grad for p in self.model.parameters()]: self.find_parameters() # another callback froze some
     n = len(learn.yb[0]) if len(learn.yb) and hasattr(learn.yb[0], '__len__') else 0
     items = self.items.items(learn.iter, n)
     step = self.step = Step(learn.epoch, learn.iter, tuple(learn.xb), tuple(learn.yb), items, self.n_items, why=self.items.why,
@@ -402,7 +409,7 @@ def before_pass(self:Fit):
     if route == 'separate pass' or not self.weigher.needs_losses: step.direction = self.weigher.direction(step, self)
     with naming(step.describe):
         step.own,step.aligned = self.engine.before_pass(self.model, self.params, step.batch, step.direction, self.losses.training,
-            step.inputs, self.whole, autocast=self.autocast(), changing=self.changing)
+            step.inputs, autocast=self.autocast(), changing=self.changing)
     if self.owner.skip_zeros: self.weigh_before(step)
 
 # %% ../nbs/10_fit.ipynb #842be836

@@ -6,7 +6,6 @@
 __all__ = ['LossNotPerItem', 'takes_reduction', 'learner_item_losses', 'loss_scale', 'loss_parts', 'state_of', 'LearnerLosses']
 
 # %% ../nbs/07_losses.ipynb #681e329b
-from collections import deque
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from inspect import signature
@@ -19,7 +18,7 @@ from fastai.layers import NoneReduce
 from fastai.learner import Learner
 from fastai.torch_core import find_bs
 
-from .engines.passes import Exchange, ModuleState, forked_random, model_device, random_states
+from .engines.passes import Exchange, content_of, forked_random, model_device, put_content, random_states, reachable
 from .engines.routes import item_losses
 
 # %% ../nbs/07_losses.ipynb #47663980
@@ -79,19 +78,11 @@ def loss_parts(
     return found
 
 def state_of(
-    parts:list, # As `loss_parts` gives them
+    loss_func, # Any loss function
 )->tuple[list,list]: # Tensors, and the objects and containers
-    "What can change in objects, for `virtual_pass`."
-    tensors,others,todo = [],[],list(parts)
-    while todo:
-        o = todo.pop()
-        if isinstance(o, Tensor): tensors.append(o)
-        elif isinstance(o, (dict, list, set, deque)) or any(o is p for p in parts):
-            others.append(o)
-            if isinstance(o, dict): inside = o.values()
-            else: inside = o if isinstance(o, (list, set, deque)) else vars(o).values()
-            todo += [v for v in inside if isinstance(v, (Tensor, dict, list, set, deque))]
-    return tensors,others
+    "What a call of a loss function may change, for `virtual_pass`."
+    tensors,others = reachable(loss_parts(loss_func))
+    return [t for t in tensors if not isinstance(t, nn.Parameter)],others
 
 # %% ../nbs/07_losses.ipynb #5285ee10
 class LearnerLosses:
@@ -136,14 +127,13 @@ class LearnerLosses:
 
     def places(self)->tuple[list,list]: # As `state_of` gives them
         "What a call of the loss function may change, for `virtual_pass`."
-        return state_of(loss_parts(self.learn.loss_func))
+        return state_of(self.learn.loss_func)
 
     def note(self):
         "Note where everything stands before the Learner calls the loss function."
-        parts = loss_parts(self.learn.loss_func)
-        tensors,_ = state_of(parts)
+        tensors,others = self.places()
         values = {t: t.detach().clone() for t in tensors if not t.requires_grad}
-        self.noted = random_states(model_device(self.learn.model)),ModuleState(parts),values
+        self.noted = random_states(model_device(self.learn.model)),[(o, content_of(o)) for o in others],values
 
     @contextmanager
     def once_more(self):
@@ -152,12 +142,12 @@ class LearnerLosses:
             yield
             return
         states,before,values = self.noted
-        after = ModuleState([o for o,*_ in before.found])
+        after = [(o, content_of(o)) for o,_ in before]
         try:
-            before.put_back()
+            for o,content in before: put_content(o, content)
             with forked_random(model_device(self.learn.model), states=states), Exchange(values) if values else nullcontext(): yield
         finally:
-            after.put_back()
+            for o,content in after: put_content(o, content)
             self.noted = None
 
     def of_step(self)->Tensor: # Shape (n,)

@@ -53,8 +53,20 @@ def _gradient(model, loss_func, batch, params, weigh, seed=None, autocast=None, 
     inside = virtual_pass(model, seed, autocast, values=_in_places(model, values), changing=changing)
     with inside, kernels, torch.enable_grad():
         losses = _losses(model, loss_func, batch)
-        found = gradients([(weigh(losses.detach())*losses).sum()], list(values.values()))
-    return {k: g if g.layout == torch.strided else g.to_dense() for k,g in zip(values, found)}, losses.detach()
+        found = _found((weigh(losses.detach())*losses).sum(), values, dict(model.named_parameters()), isinstance(params, Mapping))
+    return {k: g if g.layout == torch.strided else g.to_dense() for k,g in found.items()}, losses.detach()
+
+def _found(loss, values, named, elsewhere):
+    "The gradient, by values in the places of parameters and, if these are not `elsewhere`, by parameters that a scripted function has got itself."
+    own = {k: named[k] for k in values if named[k].requires_grad}
+    found = gradients([loss], [*values.values(), *own.values()], zeros=False)
+    by_exchange,by_itself = dict(zip(values, found)),{k: g for k,g in zip(own, found[len(values):]) if g is not None}
+    if by_itself and elsewhere: raise TypeError(f"no other value can be put in the place of {next(iter(by_itself))!r}, "
+        "which the model gives to something that PyTorch does not tell of, such as a torch.jit.script function: use lookahead='sgd'")
+    def total(k):
+        parts = [g for g in (by_exchange[k], by_itself.get(k)) if g is not None]
+        return sum(parts[1:], parts[0]) if parts else torch.zeros_like(values[k])
+    return {k: total(k) for k in values}
 
 # %% ../nbs/00_reweight.ipynb #deee6b4c
 def meta_gradient(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .engines.passes import forked_random
-from .reweight import rectify
+from .reweight import normalise, rectify
 
 # %% ../nbs/08_weighers.ipynb #42cf8b89
 def output_gradient_norms(
@@ -246,11 +246,12 @@ class LossWeigher:
 
     def weigh(self,
         losses:Tensor, # Shape (n,)
-        fit, # The fit, with `normalise`
+        fit, # The fit, with `n_processes`
     )->Tensor: # Shape (n,)
         "Weights of losses."
         values = self.values(losses)
-        return fit.normalise(values) if self.normalised else values/len(values)
+        weights = normalise(values) if self.normalised else values/len(values)
+        return weights/fit.n_processes # each of these weighs its own part
 
     def direction(self,
         step, # The step

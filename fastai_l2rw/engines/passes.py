@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['random_generators', 'random_states', 'set_random_states', 'forked_random', 'derived_seed', 'watched_functions',
-           'replaced', 'Exchange', 'gradients', 'Places', 'ModuleState', 'model_device', 'is_compiled',
-           'recurrent_layers', 'plain_kernels', 'own_attention', 'virtual_pass', 'run', 'find_traces', 'as_tuple',
-           'batch_size']
+           'replaced', 'WatchingMode', 'refuse_reentrant', 'Exchange', 'gradients', 'content_of', 'put_content',
+           'reachable', 'Places', 'ModuleState', 'model_device', 'is_compiled', 'recurrent_layers', 'plain_kernels',
+           'own_attention', 'virtual_pass', 'run', 'find_traces', 'as_tuple', 'batch_size']
 
 # %% ../../nbs/02_engines.passes.ipynb #c25d0c76
 import random, zlib
@@ -104,7 +104,33 @@ def replaced(
         return x if all(new[k] is o for k,o in x.items()) else new
     return x
 
-class Exchange(TorchFunctionMode):
+class WatchingMode(TorchFunctionMode):
+    "A mode that sees what custom functions of autograd are applied to, too."
+    def watch(self,
+        function, # A class of `torch.autograd.Function`
+        args, # The arguments of a call
+        kwargs, # The keyword arguments
+    )->tuple: # Arguments and keyword arguments
+        "What a custom function of autograd gets."
+        return args,kwargs
+
+    def __enter__(self):
+        self.watching = watched_functions(self.watch)
+        self.watching.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.watching.__exit__(*error)
+
+def refuse_reentrant(
+    function, # A class of `torch.autograd.Function`
+):
+    "Raise `TypeError` for a checkpoint that hides parameters from gradients with respect to chosen ones."
+    if function.__name__ == 'CheckpointFunction': raise TypeError('the model has a checkpoint with use_reentrant=True, '
+        'through which no gradient with respect to chosen parameters can be taken: use torch.utils.checkpoint with use_reentrant=False')
+
+class Exchange(WatchingMode):
     "Operators get other tensors in the places of some: those in `values`, and copies, made when first used, of those in `copied`."
     def __init__(self,
         values:Mapping[Tensor,Tensor]={}, # What takes the place of a tensor
@@ -112,6 +138,7 @@ class Exchange(TorchFunctionMode):
     ):
         super().__init__()
         self.values = {id(k): v for k,v in values.items()}
+        copied = list(copied)
         self.copied = {id(t) for t in copied}
         self.keys = [*values, *copied] # an id says something only as long as its tensor lives
 
@@ -141,17 +168,9 @@ class Exchange(TorchFunctionMode):
         args, # The arguments of a call
         kwargs, # The keyword arguments
     )->tuple: # Arguments and keyword arguments, exchanged
-        "The arguments that a custom function of autograd gets."
+        "The arguments that a custom function of autograd gets; raises `TypeError` for checkpoints that hide parameters from gradients."
+        refuse_reentrant(function)
         return replaced(args, self.exchange),replaced(kwargs, self.exchange)
-
-    def __enter__(self):
-        self.watching = watched_functions(self.watch)
-        self.watching.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        self.watching.__exit__(*error)
 
 # %% ../../nbs/02_engines.passes.ipynb #64ed2084
 def gradients(
@@ -160,15 +179,16 @@ def gradients(
     cotangents:list|None=None, # What each output counts, a tensor of its shape; default: one, for outputs that are single numbers
     create_graph:bool=False, # Shall one be able to differentiate the result?
     retain_graph:bool|None=None, # Is the graph needed again? Default: if `create_graph`
+    zeros:bool=True, # Zero where an output does not depend on an input? Otherwise `None`
 )->list[Tensor]: # One for each input, zero where an output does not depend on it
     "As `torch.autograd.grad`, inside of a mode that would take that for a call of the model's."
     if cotangents is None: cotangents = [torch.ones_like(o) for o in outputs]
     live = [(o, c) for o,c in zip(outputs, cotangents) if o.requires_grad]
-    if not live: return [torch.zeros_like(o) for o in inputs]
+    if not live: return [torch.zeros_like(o) if zeros else None for o in inputs]
     outputs,cotangents = map(tuple, zip(*live))
     retain = create_graph if retain_graph is None else retain_graph
     found = _engine_run_backward(outputs, cotangents, retain, create_graph, tuple(inputs), allow_unreachable=True, accumulate_grad=False)
-    return [torch.zeros_like(i) if g is None else g for i,g in zip(inputs, found)]
+    return [torch.zeros_like(i) if g is None and zeros else g for i,g in zip(inputs, found)]
 
 # %% ../../nbs/02_engines.passes.ipynb #f467d5fa
 _containers = dict,list,set,deque
@@ -176,6 +196,7 @@ _not_of_users = 'builtins','torch','numpy','functools','enum','types','typing','
 _states = { # what has a state that is no attribute: how to read it, and to put it back
     torch.Generator: (lambda o: o.get_state(), lambda o,s: o.set_state(s)),
     random.Random: (lambda o: o.getstate(), lambda o,s: o.setstate(s)),
+    np.random.RandomState: (lambda o: o.get_state(), lambda o,s: o.set_state(s)),
     np.random.Generator: (lambda o: o.bit_generator.state, lambda o,s: setattr(o.bit_generator, 'state', s)),
     np.ndarray: (lambda o: o.copy(), lambda o,s: o.__setitem__(..., s)),
 }
@@ -189,22 +210,9 @@ def _kind(o):
     "The type in `_states` that an object is of, if any."
     return next((k for k in _states if isinstance(o, k)), None)
 
-def _content(o):
-    "What is in a container or an object, as a copy."
-    if isinstance(o, _containers): return o.copy()
-    if (kind := _kind(o)) is None: return vars(o).copy()
-    get,_ = _states[kind]
-    return get(o)
-
-def _put_content(o, content):
-    "Let that be in it again."
-    if not isinstance(o, _containers):
-        if (kind := _kind(o)) is not None:
-            _,put = _states[kind]
-            return put(o, content)
-        o = vars(o)
-    o.clear()
-    (o.extend if isinstance(o, (list, deque)) else o.update)(content)
+def _keeps(o):
+    "Can attributes of this object be put back?"
+    return hasattr(o, '__dict__') and not isinstance(o, (type, nn.Module))
 
 def _same(a, b):
     "Are these the same contents, by the identity of what is in them?"
@@ -217,40 +225,78 @@ def _same_part(a, b):
     "Are these the same, or equal where nobody could tell them apart?"
     return a is b or (isinstance(a, (int, float, str, bool, tuple, list, dict)) and type(a) is type(b) and _same(a, b))
 
+# %% ../../nbs/02_engines.passes.ipynb #d0af7325
+def content_of(
+    o, # A container, an object, or what has a state of another kind, such as a random generator
+): # For `put_content`
+    "What is in it, as a copy."
+    if isinstance(o, dict): return dict(o)
+    if isinstance(o, _containers): return o.copy()
+    if (kind := _kind(o)) is None: return vars(o).copy()
+    get,_ = _states[kind]
+    return get(o)
+
+def put_content(
+    o, # The same
+    content, # As `content_of` gave it
+):
+    "Let that be in it again."
+    if not isinstance(o, _containers):
+        if (kind := _kind(o)) is not None:
+            _,put = _states[kind]
+            return put(o, content)
+        o = vars(o)
+    o.clear()
+    (o.extend if isinstance(o, (list, deque)) else o.update)(content)
+
+def reachable(
+    roots:Iterable, # Where to begin: modules, other objects, or containers
+)->tuple[list,list]: # Tensors; and containers, modules, objects of the user's classes, arrays and random generators
+    "What can be reached, through attributes and containers, and may have a state."
+    tensors,others,seen,todo = [],[],set(),list(roots)
+    while todo:
+        o = todo.pop()
+        if id(o) in seen: continue
+        seen.add(id(o))
+        if isinstance(o, Tensor): tensors.append(o)
+        elif isinstance(o, tuple): todo += o
+        elif isinstance(o, np.memmap) or isinstance(o, np.ndarray) and not o.flags.writeable: continue # nobody changes it
+        elif isinstance(o, (nn.Module, *_containers)) or _kind(o) is not None or _own(o):
+            others.append(o)
+            if _kind(o) is not None: continue
+            content = content_of(o)
+            todo += content.values() if isinstance(content, dict) else content
+    return tensors,others
+
 # %% ../../nbs/02_engines.passes.ipynb #cf4fa198
 class Places:
     "All that can be reached from a model and that a pass may change: objects and containers, with what is in them, and tensors."
     def __init__(self,
         model:nn.Module, # Model to look through
     ):
-        self.contents,self.tensors = [],[]
-        seen,todo = set(),[model]
-        while todo:
-            o = todo.pop()
-            if id(o) in seen: continue
-            seen.add(id(o))
-            if isinstance(o, Tensor): self.tensors.append((o, o._version, o.detach().clone()))
-            elif isinstance(o, tuple): todo += o
-            elif isinstance(o, (nn.Module, *_containers)) or _kind(o) is not None or _own(o):
-                content = _content(o)
-                self.contents.append((o, content))
-                if _kind(o) is None: todo += content.values() if isinstance(content, dict) else content
+        tensors,others = reachable([model])
+        self.tensors,self.contents = [(t, t.detach().clone()) for t in tensors],[(o, content_of(o)) for o in others]
 
     def changed(self)->tuple[list,list]: # Tensors whose values have changed, and everything else of which the content has
         "What has changed since."
         def differs(t, before):
             if t.shape != before.shape or t.dtype != before.dtype: return True
             now = t.detach()
-            if t.is_floating_point(): now,before = now.nan_to_num(),before.nan_to_num()
-            return not torch.equal(now, before)
-        tensors = [t for t,_,before in self.tensors if differs(t, before)]
-        return tensors,[o for o,content in self.contents if not _same(content, _content(o))]
+            if t.layout != torch.strided: now,before = now.to_dense(),before.to_dense()
+            try:
+                if t.is_floating_point(): now,before = now.nan_to_num(),before.nan_to_num()
+                return not torch.equal(now, before)
+            except (NotImplementedError, RuntimeError): return False # of a kind that can't be compared, and hardly ever changes
+        tensors = [t for t,before in self.tensors if differs(t, before)]
+        return tensors,[o for o,content in self.contents if not _same(content, content_of(o))]
 
     def put_back(self):
-        "Let everything be as it was."
-        for o,content in self.contents: _put_content(o, content)
-        for t,_,before in self.tensors:
-            if t.shape == before.shape: t.data.copy_(before)
+        "Let everything that has changed be as it was."
+        for o,content in self.contents:
+            if not _same(content, content_of(o)): put_content(o, content)
+        changed = {id(t) for t in self.changed()[0]}
+        for t,before in self.tensors:
+            if id(t) in changed and t.shape == before.shape: t.data.copy_(before)
 
 # %% ../../nbs/02_engines.passes.ipynb #5592d00e
 class ModuleState:
@@ -357,13 +403,14 @@ def virtual_pass(
     cut_off = {p: p.detach() for p in model.parameters() if id(p) not in copied}
     given = {p: v.clone() if id(p) in copied else v for p,v in (values or {}).items()}
     values = {**cut_off, **given}
-    attributes,contents = ModuleState(modules),[(o, _content(o)) for o in others]
+    hooked = [getattr(hook, '__self__', None) for m in modules for hook in m._forward_hooks.values()] # fastai's hooks keep what they see
+    attributes,contents = ModuleState(modules),[(o, content_of(o)) for o in [*others, *filter(_keeps, hooked)]]
     try:
         _by_themselves(modules)
         with (forked_random(device, seed, states), torch.autocast(device.type, autocast, autocast is not None, cache_enabled=False),
               mode(values, copied.values()) as exchange): yield exchange
     finally:
-        for o,content in contents: _put_content(o, content)
+        for o,content in contents: put_content(o, content)
         attributes.put_back()
 
 def run(

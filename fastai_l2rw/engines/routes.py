@@ -170,7 +170,8 @@ def along_output(
     if not moved or not losses.requires_grad: return torch.zeros_like(losses)
     outputs,tangents = map(list, zip(*moved))
     try: return along_graph(losses, outputs, tangents, retain_graph=True)
-    except NotImplementedError: return item_by_item(losses, outputs, tangents)
+    except torch.cuda.OutOfMemoryError: raise
+    except RuntimeError: return item_by_item(losses, outputs, tangents) # NotImplementedError is one
 
 # %% ../../nbs/05_engines.routes.ipynb #6e93c002
 def _along(losses, c, inputs, tangents):
@@ -241,8 +242,11 @@ class Engine:
         if self.route is None:
             self.unseen = spread or is_compiled(model) # then nothing can be known of the Learner's pass
             if self.separate or self.engine != 'auto' or self.unseen: self.take('separate pass')
-            else: self.take('own graph' if hooked_parameter(params) else 'own pass')
-            if self.route == 'own graph': self.doubts['a gradient hook on ' + hooked_parameter(params)] += 1
+            else: self.take('own pass')
+        hooked = hooked_parameter(params)
+        if hooked and self.route != 'own graph' and self.engine == 'auto' and not self.separate and not self.unseen:
+            self.take('own graph')
+            self.doubts[f'a gradient hook on {hooked}'] += 1
         if low_precision and self.route == 'own pass': self.take('separate pass')
         return self.route
 
@@ -259,12 +263,11 @@ class Engine:
         direction:dict|None, # Direction by name; `None` if it is not known before the losses
         loss_func:Callable, # One loss per item
         inputs:tuple, # The very inputs that the model will be called with
-        whole:bool=True, # Are the parameters all that the model trains?
         **kwargs, # For `separate_pass`
     )->tuple: # An `OwnPass` to wait for, and `Aligned` or `None`
         "What has to be done before the Learner's pass."
         doubt = None if self.route == 'own pass' else f'the {self.route} is taken'
-        wait = lambda doubt: None if self.unseen else OwnPass(model, params, inputs, whole, doubt)
+        wait = lambda doubt: None if self.unseen else OwnPass(model, params, inputs, doubt)
         if self.route != 'separate pass': return wait(doubt),None
         try: aligned = separate_pass(model, loss_func, batch, direction, self.kind, **kwargs)
         except NoForwardDerivative as e:
@@ -328,11 +331,15 @@ class Engine:
         inputs:list[Tensor], # Parameters
         tangents:list[Tensor], # A direction for each
     )->Tensor: # Shape (n,)
-        "The alignments by the graph of the Learner's own pass."
-        try: return along_graph(losses, inputs, tangents, retain_graph=True)
-        except NotImplementedError as e:
-            self.doubts[str(e).partition(': ')[2].partition(' in PyTorch')[0]] += 1
-            return item_by_item(losses, inputs, tangents)
+        "The alignments by the graph of the Learner's own pass: by two backward passes if these are right, or else by one for each item."
+        try:
+            u = along_graph(losses, inputs, tangents, retain_graph=True)
+            if agrees_with_graph(u, losses, inputs, tangents, times=1): return u
+            self.doubts['a second derivative that is not that of the first'] += 1 # as of a custom function that hides its own
+        except torch.cuda.OutOfMemoryError: raise
+        except RuntimeError as e: # NotImplementedError is one
+            self.doubts[str(e).partition(': ')[2].partition(' in PyTorch')[0] or type(e).__name__] += 1
+        return item_by_item(losses, inputs, tangents)
 
     def note_doubt(self,
         doubt:str, # What was met

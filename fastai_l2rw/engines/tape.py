@@ -12,17 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import TensorWeakRef
 
-from fastai_l2rw.engines.passes import (forked_random, model_device, plain_kernels, random_generators, recurrent_layers, replaced,
-    watched_functions)
-from .rules import plain_tensor, rules, sets_hook, takes_gradient
+from .passes import (WatchingMode, forked_random, model_device, plain_kernels, random_generators, recurrent_layers,
+    refuse_reentrant, replaced)
+from .rules import looks_behind, plain_tensor, rules, sets_hook, takes_gradient
 
 # %% ../../nbs/04_engines.tape.ipynb #bb87e213
 class InDoubt(Exception):
     "The tape can't say what the tangents are; the message names what it met."
+
+def _version(t):
+    "How often a tensor was changed in place; those of inference mode don't count it."
+    return None if t.is_inference() else t._version
 
 def _tensors(x):
     "The tensors in arguments, in the order of `replaced`."
@@ -57,16 +60,15 @@ class _Call:
     __slots__ = ('func','tangent','args','kwargs','numbers','results','kept','states','known')
 
 # %% ../../nbs/04_engines.tape.ipynb #ea59ca77
-class Tape(TorchFunctionMode):
+class Tape(WatchingMode):
     "Notes the operators through which a pass depends on parameters, and follows tangents along them."
     def __init__(self,
-        params:dict, # Parameters to follow, by name
-        whole:bool=True, # Are these all that the model trains? Then a history that comes from elsewhere is a doubt
+        params:dict, # All parameters that have gradients, by name
         buffers=(), # The model's buffers, which a call that is computed again must not change
         device:torch.device='cpu', # Where the model is
     ):
         super().__init__()
-        self.names,self.whole,self.device = list(params),whole,device
+        self.names,self.device = list(params),device
         self.buffers = {id(o) for o in buffers}
         self.doubt,self.calls,self.n = None,[],0
         self.entries,self.storages = {},{} # tensor -> its number; memory -> tensors that lie in it
@@ -77,7 +79,7 @@ class Tape(TorchFunctionMode):
     )->int|None: # Its number on the tape
         "The number of a tensor that depends on the parameters, `None` for others, -1 for one whose memory was changed by another name."
         entry = self.entries.get(id(t))
-        if entry is not None and entry[0]() is t: return entry[1]
+        if entry is not None and entry[0]() is t and t.requires_grad: return entry[1] # one that was cut off since is like any other
 
     def _add(self, t, number=None):
         "Number a tensor, by default by the next number."
@@ -98,33 +100,42 @@ class Tape(TorchFunctionMode):
         if self.doubt: return func(*args, **kwargs)
         given = [*_tensors(args), *_tensors(kwargs.values())] if kwargs else [*_tensors(args)]
         numbers = [self.number(t) for t in given]
-        foreign = self.whole and any(k is None and t.grad_fn is not None for k,t in zip(numbers, given))
+        foreign = any(k is None and t.grad_fn is not None for k,t in zip(numbers, given))
         if not foreign and all(k is None for k in numbers): return func(*args, **kwargs)
         known = rules.get(func)
         random = known.random if known is not None else func not in _not_random # it may be, for all that is known
         states = [g.get_state() for g in random_generators(self.device)] if random else None
-        versions = [t._version for t in given]
+        versions = [_version(t) for t in given]
         out = func(*args, **kwargs)
         try: self._note(func, known, args, kwargs, given, numbers, states, versions, out, foreign)
-        except Exception: self.doubt = operator_name(func) # the model goes on in any case
+        except Exception: self.met(operator_name(func)) # the model goes on in any case
         return out
+
+    def met(self,
+        doubt:str, # What it is
+    ):
+        "Be in doubt; the first that is met counts."
+        self.doubt = self.doubt or doubt
 
     def _note(self, func, known, args, kwargs, given, numbers, states, versions, out, foreign):
         "Put a call on the tape, or say what is in doubt."
         outs = [out] if isinstance(out, Tensor) else list(_tensors((out,)))
-        transforms = torch._C._are_functorch_transforms_active()
-        if func in takes_gradient or func in sets_hook or transforms: self.doubt = operator_name(func)
-        if -1 in numbers: self.doubt = f'{operator_name(func)} on memory that was changed by another name'
-        if foreign and outs: self.doubt = f'{operator_name(func)} of what comes from where the tape does not see'
-        if out is None: self.doubt = operator_name(func) # something was set
-        if self.doubt: return
-        changed = [t for t,before in zip(given, versions) if t._version != before]
+        name = operator_name(func)
+        if func in takes_gradient or func in sets_hook or func in looks_behind: self.met(name)
+        if torch._C._are_functorch_transforms_active(): self.met(f'{name} inside of a transform (torch.func)')
+        if func == Tensor.data.__get__ and any(k is not None and k >= len(self.names) for k in numbers): self.met('Tensor.data')
+        if -1 in numbers: self.met(f'{name} on memory that was changed by another name')
+        if foreign and outs: self.met(f'{name} of what comes from where the tape does not see')
+        if out is None: self.met(name) # something was set
+        changed = [t for t,before in zip(given, versions) if _version(t) != before]
         same = any(o is t for o in outs for t in given)
+        if changed and not torch.is_grad_enabled(): self.met(f'{name} in place, without gradients')
+        if self.doubt: return
         for t in changed: self._changed_in_place(t)
         if not any(o.requires_grad for o in outs) or same and not changed: return # as of a dropout that does nothing
         tangent = known.follow(func, out, *args, **kwargs) if known is not None else None
-        if (same or changed) and tangent is None: self.doubt = f'{operator_name(func)} in place'
-        if _saving_hooks(False): self.doubt = 'saved tensors with hooks (checkpoints)'
+        if (same or changed) and tangent is None: self.met(f'{name} in place')
+        if _saving_hooks(False): self.met('saved tensors with hooks (checkpoints)')
         if self.doubt: return
         call = _Call()
         call.func,call.known,call.tangent,call.states,call.numbers = func,known,tangent,states,numbers
@@ -135,7 +146,7 @@ class Tape(TorchFunctionMode):
             numbered = iter(numbers) # numbers in the places of the tensors
             call.args,call.kwargs = _with_numbers(args, numbered),_with_numbers(kwargs, numbered)
             keep = given if known.keeps == 'inputs' else outs if known.keeps == 'output' else []
-        call.kept = [(t.detach(), t._version) for t in keep]
+        call.kept = [(t.detach(), _version(t)) for t in keep if not t.is_inference()]
         call.results = [self._add(o) if o.requires_grad else None for o in outs]
         self.calls.append(call)
 
@@ -150,24 +161,11 @@ class Tape(TorchFunctionMode):
             if before.intersection(numbers) - {k, None}: return True
         return False
 
-    def watch(self,
-        function, # A class of `torch.autograd.Function`
-        args, # The arguments of a call
-        kwargs, # The keyword arguments
-    )->tuple: # These, as they are
-        "A custom function of autograd is a doubt where it gets anything that depends on the parameters."
-        if self.doubt: return args,kwargs
-        if any(self.number(t) is not None for t in _tensors((args, kwargs))): self.doubt = f'{function.__name__}, a torch.autograd.Function'
+    def watch(self, function, args, kwargs):
+        "A custom function of autograd is a doubt where it gets anything that depends on the parameters; raises `TypeError` for some checkpoints."
+        refuse_reentrant(function)
+        if any(self.number(t) is not None for t in _tensors((args, kwargs))): self.met(f'{function.__name__}, a torch.autograd.Function')
         return args,kwargs
-
-    def __enter__(self):
-        self.watching = watched_functions(self.watch)
-        self.watching.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        self.watching.__exit__(*error)
 
 # %% ../../nbs/04_engines.tape.ipynb #9c494194
 class _Number(int): "Stands for a tensor in noted arguments."
@@ -216,7 +214,7 @@ def follow(
     wanted:set, # Numbers of the tensors whose tangents are wanted
 )->dict: # These tangents, by number
     "Follow a direction along a tape; raises `InDoubt` if what it needs was changed since."
-    tangents = dict(enumerate(direction[k] for k in tape.names))
+    tangents = {i: direction[k] for i,k in enumerate(tape.names) if k in direction}
     last = {k: i for i,call in enumerate(tape.calls) for k in call.numbers}
     uses = Counter(k for call in tape.calls for k in call.numbers)
     fresh = [call for call in tape.calls if call.tangent is not None and call.known.own_memory]
@@ -250,10 +248,9 @@ class OwnPass:
         model:nn.Module, # Model that somebody else is about to call
         params:dict, # Parameters to follow, by name
         inputs:tuple, # The very inputs that it will be called with
-        whole:bool=True, # Are the parameters all that the model trains?
         doubt:str|None=None, # A reason not to put up a tape, if there is one
     ):
-        self.model,self.params,self.inputs,self.whole,self.doubt = model,params,inputs,whole,doubt
+        self.model,self.params,self.inputs,self.doubt = model,params,inputs,doubt
         self.tape = self.output = None
         self.noted = () # the output's tensors, with their versions and nodes
         self.seen = self.within = self.low_precision = False
@@ -276,7 +273,8 @@ class OwnPass:
         try:
             if self.doubt: self.output = forward(*args, **kwargs)
             else:
-                self.tape = Tape(self.params, self.whole, self.model.buffers(), device)
+                trained = {k: p for k,p in self.model.named_parameters() if p.requires_grad} # a history that comes from elsewhere is a doubt
+                self.tape = Tape(trained, self.model.buffers(), device)
                 with self.tape: self.output = forward(*args, **kwargs)
                 self.doubt = self.tape.doubt
         finally:
@@ -289,7 +287,7 @@ class OwnPass:
     @property
     def outputs(self)->list: # Tensors
         "The tensors of the output that have a history."
-        return [o for o in tree_leaves(self.output) if isinstance(o, Tensor) and o.requires_grad]
+        return list({id(o): o for o in tree_leaves(self.output) if isinstance(o, Tensor) and o.requires_grad}.values())
 
     @property
     def unchanged(self)->bool: # Is it?
@@ -331,7 +329,7 @@ class OwnPass:
         if self.doubt or not self.seen: raise InDoubt(self.doubt or 'another pass than the expected one')
         if not self.unchanged: raise InDoubt('an output that was changed in place')
         numbers = [self.tape.number(o) for o in outputs]
-        if -1 in numbers or (None in numbers and self.whole): raise InDoubt('an output that the tape does not know')
+        if -1 in numbers or None in numbers: raise InDoubt('an output that the tape does not know')
         if len(numbers) > 1 and self.tape.depends(numbers): raise InDoubt('an output that follows from another one')
         try:
             with forked_random(model_device(self.model)), plain_kernels(bool(recurrent_layers(self.model))), torch.no_grad():
