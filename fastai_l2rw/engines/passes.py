@@ -192,7 +192,7 @@ def gradients(
 
 # %% ../../nbs/02_engines.passes.ipynb #f467d5fa
 _containers = dict,list,set,deque
-_not_of_users = 'builtins','torch','numpy','functools','enum','types','typing','weakref','fastcore','fastai' # packages
+_not_of_users = 'builtins','collections','torch','numpy','functools','enum','types','typing','weakref','fastcore','fastai' # packages
 _states = { # what has a state that is no attribute: how to read it, and to put it back
     torch.Generator: (lambda o: o.get_state(), lambda o,s: o.set_state(s)),
     random.Random: (lambda o: o.getstate(), lambda o,s: o.setstate(s)),
@@ -203,7 +203,7 @@ _states = { # what has a state that is no attribute: how to read it, and to put 
 
 def _own(o):
     "Is this an object of a class of the user's, whose attributes are a part of the model's state?"
-    if isinstance(o, type) or not hasattr(o, '__dict__'): return False
+    if isinstance(o, type) or not isinstance(getattr(o, '__dict__', None), dict): return False
     return type(o).__module__.partition('.')[0] not in _not_of_users
 
 def _kind(o):
@@ -212,7 +212,7 @@ def _kind(o):
 
 def _keeps(o):
     "Can attributes of this object be put back?"
-    return hasattr(o, '__dict__') and not isinstance(o, (type, nn.Module))
+    return isinstance(getattr(o, '__dict__', None), dict) and not isinstance(o, (type, nn.Module))
 
 def _same(a, b):
     "Are these the same contents, by the identity of what is in them?"
@@ -225,7 +225,7 @@ def _same_part(a, b):
     "Are these the same, or equal where nobody could tell them apart?"
     return a is b or (isinstance(a, (int, float, str, bool, tuple, list, dict)) and type(a) is type(b) and _same(a, b))
 
-# %% ../../nbs/02_engines.passes.ipynb #d0af7325
+# %% ../../nbs/02_engines.passes.ipynb #254aff90
 def content_of(
     o, # A container, an object, or what has a state of another kind, such as a random generator
 ): # For `put_content`
