@@ -97,7 +97,8 @@ def check_whole_numbers(
 ):
     "Raise `ValueError` for a value that is no whole number, or too small."
     for name,(value,least) in given.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least: raise ValueError(f'{name}={value!r} must be a whole number, {least} or more')
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or value < least: raise ValueError(f'{name}={value!r} must be a whole number, {least} or more')
 
 # %% ../nbs/11_callback.ipynb #e491b2f7
 @patch(as_prop=True)

@@ -200,7 +200,8 @@ class Fit:
         self.meta_batch = None # the trusted batch at hand
         self.means = None # of the epoch, until they are logged
         lazy = [k for k,p in self.model.named_parameters() if is_lazy(p)]
-        if lazy: raise ValueError(f'the parameter {lazy[0]} has no shape yet: run one batch through the model, learn.model(*xb), before you make the Learner')
+        if lazy: raise ValueError(
+            f'the parameter {lazy[0]} has no shape yet: run one batch through the model, learn.model(*xb), before you make the Learner')
         engine.begin()
         self.find_parameters()
         self.resume(seed)

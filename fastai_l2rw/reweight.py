@@ -53,7 +53,8 @@ def _gradient(model, loss_func, batch, params, weigh, seed=None, autocast=None, 
     inside = virtual_pass(model, seed, autocast, values=_in_places(model, values), changing=changing)
     with inside, kernels, torch.enable_grad():
         losses = _losses(model, loss_func, batch)
-        found = _found((weigh(losses.detach())*losses).sum(), values, dict(model.named_parameters()), isinstance(params, Mapping))
+        loss,elsewhere = (weigh(losses.detach())*losses).sum(),isinstance(params, Mapping)
+        found = _found(loss, values, dict(model.named_parameters()), elsewhere)
     return {k: g if g.layout == torch.strided else g.to_dense() for k,g in found.items()}, losses.detach()
 
 def _found(loss, values, named, elsewhere):

@@ -230,7 +230,7 @@ def _embedding_dual(op, input, weight, padding_idx=None, max_norm=None, norm_typ
     out = op(input, w, padding_idx, max_norm, norm_type)
     return forward_ad.make_dual(out, _embedding_tangent(input, dw, padding_idx, scale_grad_by_freq))
 
-# %% ../../nbs/03_engines.rules.ipynb #b23b1422
+# %% ../../nbs/03_engines.rules.ipynb #f63a6638
 @rule(F.embedding, dual=_embedding_dual)
 def embedding_rule(op, out, input, weight, padding_idx=None, max_norm=None, norm_type=2., scale_grad_by_freq=False, sparse=False):
     "Of an embedding."
@@ -302,7 +302,7 @@ class GradientInside(Exception):
 
 takes_gradient = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 sets_hook = {Tensor.register_hook}
-looks_behind = {Tensor.grad_fn.__get__, Tensor._base.__get__} # at the graph, or at what a view is of, where no operator is seen
+looks_behind = {Tensor.grad_fn.__get__, Tensor._base.__get__} # at the graph, or at what a view is of
 
 class DualPass(Exchange):
     "Dual numbers in the places of parameters; raises `NoForwardDerivative` for a hook, and `GradientInside` for a gradient."

@@ -162,9 +162,10 @@ class Tape(WatchingMode):
         return False
 
     def watch(self, function, args, kwargs):
-        "A custom function of autograd is a doubt where it gets anything that depends on the parameters; raises `TypeError` for some checkpoints."
+        "A custom function of autograd is a doubt where it gets what depends on the parameters; raises `TypeError` for some checkpoints."
         refuse_reentrant(function)
-        if any(self.number(t) is not None for t in _tensors((args, kwargs))): self.met(f'{function.__name__}, a torch.autograd.Function')
+        dependent = any(self.number(t) is not None for t in _tensors((args, kwargs)))
+        if dependent: self.met(f'{function.__name__}, a torch.autograd.Function')
         return args,kwargs
 
 # %% ../../nbs/04_engines.tape.ipynb #9c494194
@@ -273,7 +274,7 @@ class OwnPass:
         try:
             if self.doubt: self.output = forward(*args, **kwargs)
             else:
-                trained = {k: p for k,p in self.model.named_parameters() if p.requires_grad} # a history that comes from elsewhere is a doubt
+                trained = {k: p for k,p in self.model.named_parameters() if p.requires_grad}
                 self.tape = Tape(trained, self.model.buffers(), device)
                 with self.tape: self.output = forward(*args, **kwargs)
                 self.doubt = self.tape.doubt
