@@ -58,7 +58,7 @@ def _gradient(model, loss_func, batch, params, weigh, seed=None, autocast=None, 
     return {k: g if g.layout == torch.strided else g.to_dense() for k,g in found.items()}, losses.detach()
 
 def _found(loss, values, named, elsewhere):
-    "The gradient, by values in the places of parameters and, if these are not `elsewhere`, by parameters that a scripted function has got itself."
+    "The gradient by values in the places of parameters, and by parameters that were reached in spite of that, if it is not `elsewhere`."
     own = {k: named[k] for k in values if named[k].requires_grad}
     found = gradients([loss], [*values.values(), *own.values()], zeros=False)
     by_exchange,by_itself = dict(zip(values, found)),{k: g for k,g in zip(own, found[len(values):]) if g is not None}

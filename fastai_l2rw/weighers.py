@@ -268,7 +268,7 @@ class LossWeigher:
         fit, # The fit
     )->Tensor: # Shape (n,)
         "The weights of the step's batch, by the net as it is after one step of its own."
-        losses = (step.aligned.losses if step.losses is None else step.losses).detach()
+        losses = step.losses.detach()
         with torch.enable_grad(): surrogate = -(step.scale*alignments*self.weigh(losses, fit)).sum() # has the trusted loss's gradient
         self.optimizer.zero_grad()
         surrogate.backward()

@@ -355,11 +355,11 @@ def test_a_copy_of_a_watched_model_is_not_watched():
         assert torch.equal(copy(x), model[1](model[0](x))) and not watched.seen
     model(torch.randn(2, 4))
     assert not watched.seen
-    watched.close()
+    watched.take_down()
     watched = OwnPass(model, dict(model.named_parameters()), (x,))
     model(x)
     assert watched.seen and not watched.doubt and not model._forward_hooks
-    watched.close()
+    watched.take_down()
 
 class Used(nn.Module):
     "What a convolution, a batch norm and a sum give is used once or twice, in whatever order."
@@ -393,4 +393,4 @@ def test_tangents_take_the_place_of_none_that_is_still_needed(forward):
         u = along_output(losses, watched, v)
         assert not watched.doubt and torch.allclose(u, expected, rtol=1e-9, atol=1e-9)
         assert all(torch.equal(v[k], before[k]) for k in v)
-    watched.close()
+    watched.take_down()

@@ -82,7 +82,8 @@ class NoForwardDerivative(NotImplementedError):
     ):
         self.operator = operator
         advice = without_both(operator) or "Use engine='reverse', which is exact as well, but slower."
-        super().__init__(f"engine='forward' can't be used: {operator} has no forward-mode derivative in PyTorch {torch.__version__}. {advice}")
+        lacks = f'{operator} has no forward-mode derivative in PyTorch {torch.__version__}'
+        super().__init__(f"engine='forward' can't be used: {lacks}. {advice}")
 
 # %% ../../nbs/03_engines.rules.ipynb #9ab81098
 with warnings.catch_warnings(), forward_ad.dual_level(): # the first dual number makes PyTorch load what warns of itself
@@ -230,7 +231,7 @@ def _embedding_dual(op, input, weight, padding_idx=None, max_norm=None, norm_typ
     out = op(input, w, padding_idx, max_norm, norm_type)
     return forward_ad.make_dual(out, _embedding_tangent(input, dw, padding_idx, scale_grad_by_freq))
 
-# %% ../../nbs/03_engines.rules.ipynb #f63a6638
+# %% ../../nbs/03_engines.rules.ipynb #57f444fd
 @rule(F.embedding, dual=_embedding_dual)
 def embedding_rule(op, out, input, weight, padding_idx=None, max_norm=None, norm_type=2., scale_grad_by_freq=False, sparse=False):
     "Of an embedding."

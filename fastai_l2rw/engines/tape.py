@@ -257,7 +257,7 @@ class OwnPass:
         self.seen = self.within = self.low_precision = False
         self.buffers = [(o, o.clone()) for o in model.buffers()]
         self.before = vars(model).get('forward') # a `forward` of this very model, if it has one
-        vars(model)['forward'] = self.wrapper = _Forward(self, model.forward)
+        vars(model)['forward'] = _Forward(self, model.forward)
 
     def run(self,
         forward, # The model's own `forward`
@@ -312,15 +312,10 @@ class OwnPass:
 
     def take_down(self):
         "Let the model have its own `forward` again."
-        if vars(self.model).get('forward') is not self.wrapper: return
+        wrapper = vars(self.model).get('forward')
+        if not isinstance(wrapper, _Forward) or wrapper.own is not self: return
         del vars(self.model)['forward']
         if self.before is not None: vars(self.model)['forward'] = self.before
-
-    def close(self):
-        "Let the model go, if it had no pass, and what the pass has left."
-        self.take_down()
-        self.tape = self.output = self.inputs = None
-        self.noted,self.buffers = (),()
 
     def tangents(self,
         direction:dict, # Direction by parameter name
