@@ -2,6 +2,7 @@
 from fastai_l2rw.reweight import *
 from fastai_l2rw.lookahead import *
 from fastai_l2rw.weighers import *
+from fastai_l2rw.losses import LossNotPerItem
 from fastai_l2rw.callback import *
 from fastai_l2rw.schemes import *
 from fastai_l2rw.metrics import *

@@ -18,7 +18,7 @@ from fastai.layers import NoneReduce
 from fastai.learner import Learner
 from fastai.torch_core import find_bs
 
-from .engines.passes import Exchange, content_of, forked_random, model_device, put_content, random_states, reachable
+from .engines.passes import Exchange, contents_of, forked_random, model_device, put_contents, random_states, reachable
 from .engines.routes import item_losses
 
 # %% ../nbs/07_losses.ipynb #47663980
@@ -133,7 +133,7 @@ class LearnerLosses:
         "Note where everything stands before the Learner calls the loss function."
         tensors,others = self.places()
         values = {t: t.detach().clone() for t in tensors if not t.requires_grad}
-        self.noted = random_states(model_device(self.learn.model)),[(o, content_of(o)) for o in others],values
+        self.noted = random_states(model_device(self.learn.model)),contents_of(others),values
 
     @contextmanager
     def once_more(self):
@@ -142,12 +142,12 @@ class LearnerLosses:
             yield
             return
         states,before,values = self.noted
-        after = [(o, content_of(o)) for o,_ in before]
+        after = contents_of(o for o,_ in before)
         try:
-            for o,content in before: put_content(o, content)
+            put_contents(before)
             with forked_random(model_device(self.learn.model), states=states), Exchange(values) if values else nullcontext(): yield
         finally:
-            for o,content in after: put_content(o, content)
+            put_contents(after)
             self.noted = None
 
     def of_step(self)->Tensor: # Shape (n,)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['random_generators', 'random_states', 'set_random_states', 'forked_random', 'derived_seed', 'watched_functions',
            'replaced', 'WatchingMode', 'refuse_reentrant', 'Exchange', 'gradients', 'content_of', 'put_content',
-           'reachable', 'Places', 'ModuleState', 'model_device', 'is_compiled', 'recurrent_layers', 'plain_kernels',
-           'own_attention', 'virtual_pass', 'run', 'find_traces', 'as_tuple', 'batch_size']
+           'contents_of', 'put_contents', 'reachable', 'Places', 'ModuleState', 'model_device', 'is_compiled',
+           'recurrent_layers', 'plain_kernels', 'own_attention', 'virtual_pass', 'run', 'find_traces', 'as_tuple',
+           'batch_size']
 
 # %% ../../nbs/02_engines.passes.ipynb #c25d0c76
 import random, zlib
@@ -225,7 +226,7 @@ def _same_part(a, b):
     "Are these the same, or equal where nobody could tell them apart?"
     return a is b or (isinstance(a, (int, float, str, bool, tuple, list, dict)) and type(a) is type(b) and _same(a, b))
 
-# %% ../../nbs/02_engines.passes.ipynb #254aff90
+# %% ../../nbs/02_engines.passes.ipynb #d39cea8f
 def content_of(
     o, # A container, an object, or what has a state of another kind, such as a random generator
 ): # For `put_content`
@@ -248,6 +249,18 @@ def put_content(
         o = vars(o)
     o.clear()
     (o.extend if isinstance(o, (list, deque)) else o.update)(content)
+
+def contents_of(
+    objects:Iterable, # As `reachable` gives them
+)->list: # For `put_contents`
+    "What is in several, as copies."
+    return [(o, content_of(o)) for o in objects]
+
+def put_contents(
+    contents:list, # As `contents_of` gave them
+):
+    "Let all that be in them again."
+    for o,content in contents: put_content(o, content)
 
 def reachable(
     roots:Iterable, # Where to begin: modules, other objects, or containers
@@ -275,7 +288,7 @@ class Places:
         model:nn.Module, # Model to look through
     ):
         tensors,others = reachable([model])
-        self.tensors,self.contents = [(t, t.detach().clone()) for t in tensors],[(o, content_of(o)) for o in others]
+        self.tensors,self.contents = [(t, t.detach().clone()) for t in tensors],contents_of(others)
 
     def changed(self)->tuple[list,list]: # Tensors whose values have changed, and everything else of which the content has
         "What has changed since."
@@ -404,13 +417,13 @@ def virtual_pass(
     given = {p: v.clone() if id(p) in copied else v for p,v in (values or {}).items()}
     values = {**cut_off, **given}
     hooked = [getattr(hook, '__self__', None) for m in modules for hook in m._forward_hooks.values()] # fastai's hooks keep what they see
-    attributes,contents = ModuleState(modules),[(o, content_of(o)) for o in [*others, *filter(_keeps, hooked)]]
+    attributes,contents = ModuleState(modules),contents_of([*others, *filter(_keeps, hooked)])
     try:
         _by_themselves(modules)
         with (forked_random(device, seed, states), torch.autocast(device.type, autocast, autocast is not None, cache_enabled=False),
               mode(values, copied.values()) as exchange): yield exchange
     finally:
-        for o,content in contents: put_content(o, content)
+        put_contents(contents)
         attributes.put_back()
 
 def run(
