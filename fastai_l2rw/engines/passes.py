@@ -226,7 +226,7 @@ def _same_part(a, b):
     "Are these the same, or equal where nobody could tell them apart?"
     return a is b or (isinstance(a, (int, float, str, bool, tuple, list, dict)) and type(a) is type(b) and _same(a, b))
 
-# %% ../../nbs/02_engines.passes.ipynb #d39cea8f
+# %% ../../nbs/02_engines.passes.ipynb #801df208
 def content_of(
     o, # A container, an object, or what has a state of another kind, such as a random generator
 ): # For `put_content`
@@ -293,10 +293,10 @@ class Places:
     def changed(self)->tuple[list,list]: # Tensors whose values have changed, and everything else of which the content has
         "What has changed since."
         def differs(t, before):
-            if t.shape != before.shape or t.dtype != before.dtype: return True
-            now = t.detach()
-            if t.layout != torch.strided: now,before = now.to_dense(),before.to_dense()
             try:
+                if t.shape != before.shape or t.dtype != before.dtype: return True
+                now = t.detach()
+                if t.layout != torch.strided: now,before = now.to_dense(),before.to_dense()
                 if t.is_floating_point(): now,before = now.nan_to_num(),before.nan_to_num()
                 return not torch.equal(now, before)
             except (NotImplementedError, RuntimeError): return False # of a kind that can't be compared, and hardly ever changes

@@ -70,7 +70,7 @@ class Tape(WatchingMode):
         super().__init__()
         self.names,self.device = list(params),device
         self.buffers = {id(o) for o in buffers}
-        self.doubt,self.calls,self.n = None,[],0
+        self.doubt,self.calls,self.n,self.aliases = None,[],0,[]
         self.entries,self.storages = {},{} # tensor -> its number; memory -> tensors that lie in it
         for p in params.values(): self._add(p)
 
@@ -123,7 +123,7 @@ class Tape(WatchingMode):
         name = operator_name(func)
         if func in takes_gradient or func in sets_hook or func in looks_behind: self.met(name)
         if torch._C._are_functorch_transforms_active(): self.met(f'{name} inside of a transform (torch.func)')
-        if func == Tensor.data.__get__ and any(k is not None and k >= len(self.names) for k in numbers): self.met('Tensor.data')
+        if func == Tensor.data.__get__: self.aliases.append((out, out._version)) # what is changed by it is the same memory
         if -1 in numbers: self.met(f'{name} on memory that was changed by another name')
         if foreign and outs: self.met(f'{name} of what comes from where the tape does not see')
         if out is None: self.met(name) # something was set
@@ -215,6 +215,7 @@ def follow(
     wanted:set, # Numbers of the tensors whose tangents are wanted
 )->dict: # These tangents, by number
     "Follow a direction along a tape; raises `InDoubt` if what it needs was changed since."
+    if any(t._version != version for t,version in tape.aliases): raise InDoubt('what was changed by Tensor.data')
     tangents = {i: direction[k] for i,k in enumerate(tape.names) if k in direction}
     last = {k: i for i,call in enumerate(tape.calls) for k in call.numbers}
     uses = Counter(k for call in tape.calls for k in call.numbers)
