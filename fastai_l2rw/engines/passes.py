@@ -226,7 +226,7 @@ def _same_part(a, b):
     "Are these the same, or equal where nobody could tell them apart?"
     return a is b or (isinstance(a, (int, float, str, bool, tuple, list, dict)) and type(a) is type(b) and _same(a, b))
 
-# %% ../../nbs/02_engines.passes.ipynb #801df208
+# %% ../../nbs/02_engines.passes.ipynb #2da46cb6
 def content_of(
     o, # A container, an object, or what has a state of another kind, such as a random generator
 ): # For `put_content`
