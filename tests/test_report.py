@@ -251,8 +251,8 @@ for o in pkgutil.walk_packages(fastai_l2rw.__path__, 'fastai_l2rw.'): print(impo
     assert {'fastai_l2rw.all', 'fastai_l2rw.studies.training', 'fastai_l2rw.studies.ham10000'} <= set(done.stdout.split())
 
 def test_a_training_without_accelerate(cifar, tmp_path):
-    options = dict(path=cifar, settings='dominance 0.5', schemes='reweighted', seeds=1, epochs=1, lrs=0.01, bs=16, meta_per_class=2,
-        valid_per_class=4, device='cpu')
+    options = dict(path=cifar, settings='dominance 0.5', schemes='reweighted', seeds=1, epochs=1, lrs=0.01, bs=16, meta=2,
+        valid=4, device='cpu') # abbreviated: fastcore 2 spells --meta_per_class with hyphens
     done = run_without_accelerate(tmp_path, 'from fastai_l2rw.studies.cifar10 import l2rw_cifar10\nl2rw_cifar10()',
         *(o for k,v in options.items() for o in (f'--{k}', v)))
     assert done.returncode == 0 and 'all cells are finished' in done.stdout, done.stdout + done.stderr
