@@ -225,7 +225,7 @@ class Engine:
 
     def begin(self):
         "Begin a fit: nothing is known yet but which operators have no forward derivative."
-        self.steps,self.doubts,self.compared,self.agreed = Counter(),Counter(),0,None
+        self.steps,self.doubts,self.compared,self.unseen = Counter(),Counter(),0,False
         self.route,self.on_route = None,0 # the route that steps begin with, and how many have done so
 
     def statistics(self)->dict: # Steps by route, doubts by what was met, number of comparisons
@@ -301,8 +301,7 @@ class Engine:
         except InDoubt as e: doubt = str(e)
         if u is not None and is_compared(self.on_route) and own.seen and not own.low_precision:
             self.compared += 1
-            self.agreed = agrees_with_graph(u, losses, inputs, tangents, 1e-3 if self.engine == 'auto' else 0.05)
-            if not self.agreed:
+            if not agrees_with_graph(u, losses, inputs, tangents, 1e-3 if self.engine == 'auto' else 0.05):
                 if self.engine != 'auto': raise ValueError(
                     f"engine={self.engine!r} can't be used: the alignments that it gives are not those of the Learner's own pass "
                     '(gradient hooks, a model that does not give the same twice, or a callback that changes what the loss gets?). '
