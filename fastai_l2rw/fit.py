@@ -32,8 +32,8 @@ from .ledger import BatchItems
 from .lookahead import OptimizerStep, SGDStep, bare_optimizer, check_lookahead
 from .losses import LearnerLosses, LossNotPerItem, loss_scale
 from .reweight import effective_sample_size, meta_gradient, normalise, weighted_gradient
-from fastai_l2rw.trusted import (TrustedBatches, check_labels, check_meta_dl, class_names, describe_batch, how_to_third, label_kind,
-    plain_tensors)
+from .trusted import TrustedBatches, check_labels, check_meta_dl, class_names, describe_batch, how_to_third, label_kind
+from .trusted import plain_tensors
 from .weighers import output_gradient_norms
 
 # %% ../nbs/10_fit.ipynb #35bd1cf2

@@ -406,8 +406,8 @@ class TrustedBatches:
         self.can_begin = True # can it begin a new order?
         self.cache = _ItemCache(device)
         self.label_map = label_map(dl, classes) if len(classes) else None
-        if self.label_map is not None: warnings.warn(f'meta_dl has the classes {_first(class_names(dl), 10)}, and learn.dls numbers them as '
-            f'{_first(classes, 10)}: labels of meta_dl are mapped by name.')
+        if self.label_map is not None: warnings.warn(f'meta_dl has the classes {_first(class_names(dl), 10)}, '
+            f'and learn.dls numbers them as {_first(classes, 10)}: labels of meta_dl are mapped by name.')
         self.lacking = {i: o for i,o in enumerate(classes) if o != '#na#'} # classes of which no example has been seen, by label
         self.begin(0)
 

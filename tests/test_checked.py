@@ -162,14 +162,16 @@ def test_ways_to_name_files(folder, name):
 @pytest.mark.parametrize('kind', ['images', 'table', 'split in three'])
 def test_ways_to_name_rows(folder, kind, name, capsys):
     files = sorted(get_image_files(folder))
-    df = pd.DataFrame(dict(fname=[str(o.relative_to(folder)) for o in files], label=[o.parent.name for o in files], size=[float(o.stem) for o in files]))
+    df = pd.DataFrame(dict(fname=[str(o.relative_to(folder)) for o in files], label=[o.parent.name for o in files],
+        size=[float(o.stem) for o in files]))
     df.index = df.index + 1000
     df['ok'] = [i % 11 == 0 for i in range(len(df))]
     if kind == 'images': dls = frame_dls(folder, df, fn_col='fname', label_col='label')
     else:
         third = L(int(i) for i in np.flatnonzero(df.ok))
         train,valid = RandomSplitter(seed=0)(df)
-        splits = (train, valid) if kind == 'table' else (L(o for o in train if o not in third), L(o for o in valid if o not in third), third)
+        splits = train,valid
+        if kind == 'split in three': splits = *(L(i for i in o if i not in third) for o in splits),third
         dls = TabularPandas(df, [Categorify, FillMissing, Normalize], [], ['size'], 'label', splits=splits).dataloaders(bs=16)
     before = [o.items.copy() for o in (dls.train_ds, dls.valid_ds)]
     if name == 'positions':
@@ -189,10 +191,12 @@ def test_the_third_part_of_a_table(tmp_path):
     rng = np.random.default_rng(0)
     df = pd.DataFrame(dict(age=rng.normal(size=120), job=rng.choice(['a', 'b'], 120), income=['low', 'high', 'low']*40))
     splits = list(range(80)),list(range(80, 100)),list(range(100, 120))
-    dls = TabularPandas(df, [Categorify, Normalize], ['job'], ['age'], 'income', y_block=CategoryBlock(), splits=splits).dataloaders(bs=16, path=tmp_path)
+    to = TabularPandas(df, [Categorify, Normalize], ['job'], ['age'], 'income', y_block=CategoryBlock(), splits=splits)
+    dls = to.dataloaders(bs=16, path=tmp_path)
     assert len(dls.valid_ds) == 40
     learn = quiet(tabular_learner(dls, layers=[8], cbs=MetaReweightCallback()))
-    with pytest.raises(ValueError, match=r'hold rows out, dls,meta_dl = hold_out_meta\(dls, trusted=rows\): a table has two parts'): learn.fit(1)
+    message = r'hold rows out, dls,meta_dl = hold_out_meta\(dls, trusted=rows\): a table has two parts'
+    with pytest.raises(ValueError, match=message): learn.fit(1)
     held,meta_dl = hold_out_meta(dls, trusted=df.iloc[splits[2]])
     assert [len(held.train_ds), len(held.valid_ds), len(meta_dl.dataset)] == [80, 20, 20]
     quiet(tabular_learner(held, layers=[8], cbs=MetaReweightCallback(meta_dl))).fit(1)
@@ -210,15 +214,16 @@ class Odd(Transform):
 
 def corrected_data(kind):
     df = pd.DataFrame(dict(x=range(40), label=['a', 'b']*20))
-    if kind == 'table': return TabularDataLoaders.from_df(df, y_names='label', cont_names=['x'], procs=[Normalize], valid_idx=range(30, 40), bs=8,
-        y_block=CategoryBlock())
+    if kind == 'table': return TabularDataLoaders.from_df(df, y_names='label', cont_names=['x'], procs=[Normalize], bs=8,
+        valid_idx=range(30, 40), y_block=CategoryBlock())
     if kind == 'PyTorch':
         data = [(torch.tensor([float(i)]), torch.tensor(i % 2)) for i in range(30)]
         return DataLoaders(DataLoader(data, bs=8, shuffle=True), DataLoader(data[:5], bs=8))
     if kind == 'own transform': return Datasets(df.x.tolist(), [[lambda i: torch.tensor([float(i)])], [lambda i: 'ab'[i % 2], Odd()]],
         splits=[list(range(30)), list(range(30, 40))]).dataloaders(bs=8, num_workers=0)
     words = TextBlock(Transform(lambda row: L(f'word{row.x % 4} word0'.split())), vocab=['xxunk', 'xxpad', *[f'word{i}' for i in range(4)]])
-    return DataBlock((words, CategoryBlock), get_y=ColReader('label'), splitter=IndexSplitter(range(30, 40))).dataloaders(df, bs=8, num_workers=0)
+    block = DataBlock((words, CategoryBlock), get_y=ColReader('label'), splitter=IndexSplitter(range(30, 40)))
+    return block.dataloaders(df, bs=8, num_workers=0)
 
 @pytest.mark.parametrize('kind', ['table', 'text', 'PyTorch', 'own transform'])
 def test_corrected_labels(kind, tmp_path, capsys):
@@ -242,7 +247,8 @@ def test_texts_and_rows_are_shown_with_their_labels():
 
 def test_parts_of_a_column_and_trusted_rows():
     df = pd.DataFrame(dict(part=['train']*6 + ['valid']*3 + ['test'], ok=[True, False]*5))
-    assert [list(o) for o in PartSplitter(parts=('train', 'valid', 'meta', 'test'), trusted='ok')(df)] == [[1, 3, 5], [7], [0, 2, 4, 6, 8], [9]]
+    splits = PartSplitter(parts=('train', 'valid', 'meta', 'test'), trusted='ok')(df)
+    assert [list(o) for o in splits] == [[1, 3, 5], [7], [0, 2, 4, 6, 8], [9]]
     with pytest.raises(ValueError, match="rows that are of the part 'test', at position 9"): PartSplitter(trusted=[1, 9])(df)
     with pytest.raises(ValueError, match='trusted needs a third name in parts'): PartSplitter(parts=('train', 'valid'), trusted='ok')
 
@@ -327,7 +333,8 @@ def test_asking_changes_no_training(folder, tmp_path):
         set_seed(3)
         held,meta_dl = hold_out_meta(image_dls(folder), 5)
         meta_dl.unchecked = mark
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+        head = nn.Dropout(0.3),nn.AdaptiveAvgPool2d(1),nn.Flatten(),nn.Linear(4, 3)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), *head)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             quiet(Learner(held, model, loss_func=CrossEntropyLossFlat(), cbs=MetaReweightCallback(meta_dl), path=tmp_path)).fit(2, 1e-2)
@@ -341,7 +348,8 @@ def test_the_widget(folder, capsys):
     candidates = MetaCandidates(image_dls(folder), 2)
     box,button,_ = candidates.widget().children
     menus = [o.children[-1] for o in box.children]
-    assert [o.value for o in menus] == ['cat', 'cat', 'dog', 'dog', 'eel', 'eel'] and isinstance(box.children[0].children[0], ipywidgets.Image)
+    assert [o.value for o in menus] == ['cat', 'cat', 'dog', 'dog', 'eel', 'eel']
+    assert isinstance(box.children[0].children[0], ipywidgets.Image)
     menus[0].value,menus[3].value,menus[4].value = 'eel','<Drop>','<Drop>'
     menus[4].value = 'dog'
     button.click()
@@ -355,4 +363,5 @@ def test_without_ipywidgets(folder, monkeypatch):
         if name == 'ipywidgets': raise ImportError(name)
         return real(name, *args, **kwargs)
     monkeypatch.setattr(builtins, '__import__', without)
-    with pytest.raises(ImportError, match='pip install ipywidgets, or use show, relabel and drop'): MetaCandidates(image_dls(folder), 1).widget()
+    candidates = MetaCandidates(image_dls(folder), 1)
+    with pytest.raises(ImportError, match='pip install ipywidgets, or use show, relabel and drop'): candidates.widget()

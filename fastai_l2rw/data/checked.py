@@ -19,8 +19,8 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from matplotlib.figure import Figure
 
-from fastai_l2rw.data.core import (check_dls, checked_columns, dataset_items, find_trusted, item_keys, item_labels, item_values, label_vocab,
-    listed, read_checked)
+from .core import check_dls, checked_columns, dataset_items, find_trusted, item_keys, item_labels, item_values
+from .core import label_vocab, listed, read_checked
 from ..reweight import forked_random
 
 # %% ../../nbs/24_data.checked.ipynb #24c0de05
@@ -129,7 +129,7 @@ def show(self:MetaCandidates,
 )->Figure|pd.DataFrame: # Pictures with numbers and labels, or a table of texts or rows
     "Show candidates as a grid of pictures, or as a table where they are none; raises `ValueError` for numbers that there are not."
     numbers = self._numbers(numbers)
-    if len(numbers) > max_n: print(f'{max_n} of {len(numbers)} candidates: show({listed(numbers[max_n:max_n + 1])}...) shows others, or max_n=...')
+    if len(numbers) > max_n: print(f'{max_n} of {len(numbers)} candidates are shown; the next is show([{numbers[max_n]}]), or raise max_n.')
     numbers = numbers[:max_n]
     seen = {n: self.inputs(n) for n in numbers}
     if any(isinstance(o, Image.Image) for xs in seen.values() for o in xs): return self._grid(seen)
@@ -137,7 +137,9 @@ def show(self:MetaCandidates,
     if isinstance(self.ds, TabularPandas):
         rows = self.ds.new(self.ds.items.iloc[self.table.position[numbers].tolist()]).decode().items
         return pd.concat([shown, rows.drop(columns=self.ds.y_names[0]).set_axis(shown.index)], axis=1)
-    return shown.assign(**{f'input {i + 1}' if i else 'input': [xs[i] for xs in seen.values()] for i in range(max(map(len, seen.values()), default=0))})
+    n_inputs = max(map(len, seen.values()), default=0)
+    inputs = {f'input {i + 1}' if i else 'input': [xs[i] if i < len(xs) else '' for xs in seen.values()] for i in range(n_inputs)}
+    return shown.assign(**inputs)
 
 @patch
 def _numbers(self:MetaCandidates, numbers):
@@ -213,8 +215,8 @@ def confirm(self:MetaCandidates): # The candidates themselves
 def checked_table(self:MetaCandidates)->pd.DataFrame: # As `read_checked` gives it
     "The confirmed examples; raises `ValueError` if there is none."
     chosen = self.table[self.table.state == 'confirmed']
-    if not len(chosen) and self.elsewhere is None: raise ValueError(f'none of the {len(self)} candidates has been confirmed: look at them (show), '
-        'correct them (relabel, drop), and then call confirm()')
+    if not len(chosen) and self.elsewhere is None: raise ValueError(f'none of the {len(self)} candidates has been confirmed: '
+        'look at them (show), correct them (relabel, drop), and then call confirm()')
     index = pd.Index([self.keys[i] for i in chosen.position], name=self.kind)
     return chosen[list(checked_columns)].set_axis(index)
 
@@ -222,14 +224,15 @@ def checked_table(self:MetaCandidates)->pd.DataFrame: # As `read_checked` gives 
 def save(self:MetaCandidates,
     fname:str|Path, # Name of a CSV file
 ): # The candidates themselves
-    "Write the confirmed examples, for `hold_out_meta`; raises `ValueError` if there is none, and `FileExistsError` if others would be lost."
+    """Write the confirmed examples, for `hold_out_meta`; raises `ValueError` if there is none, and `FileExistsError` if others would be
+    lost."""
     fname,table = Path(fname),self.checked_table()
     if fname.suffix.lower() != '.csv': raise ValueError(f'fname={str(fname)!r} must end with .csv, by which hold_out_meta knows it')
     if self.elsewhere is not None: table = pd.concat([table, self.elsewhere])
     if fname.exists():
         lost = [o for o in read_checked(fname).index if o not in table.index]
-        if lost: raise FileExistsError(f'{fname} has {len(lost)} checked examples that would be lost, {listed(lost, 2)}: go on from them with '
-            f'MetaCandidates.load({str(fname)!r}, dls), or save under another name')
+        if lost: raise FileExistsError(f'{fname} has {len(lost)} checked examples that would be lost, {listed(lost, 2)}: '
+            f'go on from them with MetaCandidates.load({str(fname)!r}, dls), or save under another name')
     if self.kind == 'position': print('MetaCandidates: these items have no names, so they are saved by their positions: '
         'these hold as long as the training part stays the same.')
     part = fname.with_name(fname.name + '.part')

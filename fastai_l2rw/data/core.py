@@ -105,7 +105,8 @@ def read_checked(
     fname:str|Path, # CSV file as `MetaCandidates` saves it
 )->pd.DataFrame: # A row per example, all of it text; the index is what the examples are called, by its name
     "Read checked examples; raises `FileNotFoundError` if there is no such file, and `ValueError` if it is another kind of file."
-    if not Path(fname).is_file(): raise FileNotFoundError(f'trusted={str(fname)!r} is no file: save checked examples with MetaCandidates first')
+    if not Path(fname).is_file():
+        raise FileNotFoundError(f'trusted={str(fname)!r} is no file: save checked examples with MetaCandidates first')
     try: df = pd.read_csv(fname, dtype=str, keep_default_na=False, encoding_errors='surrogateescape')
     except (pd.errors.EmptyDataError, pd.errors.ParserError) as e: raise ValueError(f'{fname} is no table of checked examples: {e}') from e
     kind = df.columns[0]
@@ -126,7 +127,8 @@ def is_by_place(
     trusted, # As in `find_trusted`
 )->bool: # Or are they named, so that they can be found in any list?
     "Are trusted items given by their places in a list?"
-    if isinstance(trusted, (str, Path, pd.DataFrame, pd.Index, pd.Series)) or callable(trusted) or hasattr(type(trusted), 'checked_table'): return False
+    named = str,Path,pd.DataFrame,pd.Index,pd.Series
+    if isinstance(trusted, named) or callable(trusted) or hasattr(type(trusted), 'checked_table'): return False
     return _as_array(trusted).dtype.kind in 'biu'
 
 def _as_array(x):
@@ -144,8 +146,8 @@ def find_trusted(
     if hasattr(type(trusted), 'checked_table'): return _by_name(items, trusted.checked_table(), root, labels) # MetaCandidates
     if isinstance(trusted, (str, Path)):
         if _is_csv(trusted): return _by_name(items, read_checked(trusted), root, labels)
-        if Path(trusted).is_dir(): raise ValueError(f'trusted={str(trusted)!r} is a folder: pass get_image_files({str(trusted)!r}) if its files '
-            'are among those of dls, or else make meta_dl with dls.test_dl(get_image_files(folder), with_labels=True)')
+        if Path(trusted).is_dir(): raise ValueError(f'trusted={str(trusted)!r} is a folder: pass get_image_files({str(trusted)!r}) '
+            'if its files are among those of dls, or else make meta_dl with dls.test_dl(get_image_files(folder), with_labels=True)')
         if isinstance(trusted, Path): trusted = [trusted]
         else: return _where(_truth_values(items, item_values(items, trusted, 'trusted'))),[]
     if isinstance(trusted, pd.Series) and trusted.dtype == bool and isinstance(items, pd.DataFrame): trusted = trusted.index[trusted]
@@ -154,7 +156,8 @@ def find_trusted(
     if isinstance(trusted, (int, float)) or not hasattr(trusted, '__len__') or hasattr(trusted, 'dataloaders'):
         raise TypeError(f'trusted is a {type(trusted).__name__}, but must say which items are trusted: {_kinds_of_trusted}')
     values = _as_array(trusted)
-    if values.ndim != 1 or not len(values): raise ValueError(f'trusted has the shape {values.shape}, but must be a list of at least one item')
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f'trusted has the shape {values.shape}, but must be a list of at least one item')
     if values.dtype.kind == 'b': return _where(_truth_values(items, values)),[]
     if values.dtype.kind in 'iu':
         bad = values[(values < 0) | (values >= len(items))]
@@ -166,7 +169,8 @@ def _where(mask): return dict.fromkeys(np.flatnonzero(mask).tolist())
 
 def _truth_values(items, values):
     "Values as a mask; raises `ValueError` if they are none."
-    if len(values) != len(items): raise ValueError(f'trusted is a mask of {len(values)} values, but must have one for each of {len(items)} items')
+    if len(values) != len(items):
+        raise ValueError(f'trusted is a mask of {len(values)} values, but must have one for each of {len(items)} items')
     odd = [o for o in values if not isinstance(o, (bool, np.bool_)) and o not in (0, 1)]
     if odd: raise ValueError(f'trusted gives {odd[0]!r}, but must give True or False for each item')
     return np.array([bool(o) for o in values])
@@ -182,8 +186,8 @@ def _by_index(items, index):
 
 def _by_item(items, wanted, root):
     "Items by what they are, files by where they are."
-    if isinstance(items, pd.DataFrame): raise ValueError(f'trusted is a list of {type(wanted[0]).__name__}, but the items are rows of a DataFrame: '
-        'pass rows, df[df.fname.isin(files)] for instance, or the name of a column of truth values')
+    if isinstance(items, pd.DataFrame): raise ValueError(f'trusted is a list of {type(wanted[0]).__name__}, but the items are rows '
+        'of a DataFrame: pass rows, df[df.fname.isin(files)] for instance, or the name of a column of truth values')
     if not all(isinstance(o, (str, Path)) for o in wanted):
         raise TypeError(f'trusted is a list of {type(wanted[0]).__name__}, but must be {_kinds_of_trusted}')
     files = {os.path.abspath(o): i for i,o in enumerate(items) if isinstance(o, (str, Path))}
@@ -205,8 +209,8 @@ def _by_name(items, table, root, labels):
     found = {places[k]: (o.label, o.given, k) for k,o in table.iterrows() if k in places}
     for i,(label,given,k) in found.items():
         now = given if labels is None else str(labels[i])
-        if now not in (label, given): raise ValueError(f'{kind} {k!r} was labelled {given!r} when it was checked, and is {now!r} now: is it '
-            'still the same example? Check it again, or take its line out')
+        if now not in (label, given): raise ValueError(f'{kind} {k!r} was labelled {given!r} when it was checked, '
+            f'and is {now!r} now: is it still the same example? Check it again, or take its line out')
         found[i] = None if now == label else label
     return found,[k for k in table.index if k not in places]
 
@@ -290,11 +294,11 @@ def _with_others(held, groups, among):
     return [i for i in among if i not in held and groups[i] in {groups[o] for o in held}]
 
 def _check_one_way(meta_per_class, trusted, get_y_needed):
-    if (meta_per_class is None) == (trusted is None): raise ValueError('give one of trusted, which says which items are, and meta_per_class, '
-        f'how many are drawn of each class, not {"none" if trusted is None else "both"} of them')
+    if (meta_per_class is None) == (trusted is None): raise ValueError('give one of trusted, which says which items are, and '
+        f'meta_per_class, how many are drawn of each class, not {"none" if trusted is None else "both"} of them')
     if meta_per_class is not None: _check_count('meta_per_class', meta_per_class)
-    if meta_per_class is not None and get_y_needed: raise ValueError(f'get_y is needed for meta_per_class={meta_per_class}: a function from an '
-        'item to its label, such as parent_label, or a column')
+    if meta_per_class is not None and get_y_needed: raise ValueError(f'get_y is needed for meta_per_class={meta_per_class}: '
+        'a function from an item to its label, such as parent_label, or a column')
 
 def _warn_of_lost(labels, train, classes):
     lost = [c for c in _classes(classes) if c not in set(labels[train])]
@@ -305,8 +309,8 @@ def _refuse_missing(missing, found, n):
     "Raise `ValueError` if no trusted item is among the items; warn if some are not."
     if not found: raise ValueError(f'trusted names {len(missing)} items, and none of them is among the {n} of the data: '
         f'{listed(missing, 3)}' if missing else 'trusted names no item: at least one of each class is needed')
-    if missing: warnings.warn(f'trusted names {len(missing)} items that are not among the {n} of the data, and go without them: {listed(missing, 3)}. '
-        'Have they been moved?')
+    if missing: warnings.warn(f'trusted names {len(missing)} items that are not among the {n} of the data, which are left out: '
+        f'{listed(missing, 3)}. Have they been moved?')
 
 # %% ../../nbs/20_data.core.ipynb #a0547cde
 def MetaSplitter(
@@ -338,8 +342,9 @@ def MetaSplitter(
                     'there are none to train on')
             meta,out = _draw(labels, meta_per_class, train, group, seed, ordering, 'meta_per_class')
             if not checked: _say_unchecked('MetaSplitter', len(meta), meta_per_class)
-        if had_valid and not len(valid): raise ValueError(f'groups leaves no item for validation: each group goes where its first item is, and '
-            f'that is the training part for all {len(set(group))}. Try another seed of the splitter, or BalancedSplitter with groups')
+        if had_valid and not len(valid): raise ValueError('groups leaves no item for validation: each group goes where its first item '
+            f'is, and that is the training part for all {len(set(group))}. Try another seed of the splitter, or '
+            'BalancedSplitter with groups')
         _say_left_out('MetaSplitter', len(out), len(items))
         train,valid = (o[~np.isin(o, meta + out)] for o in (train, valid))
         if had_valid and not len(valid): raise ValueError(f'trusted leaves no item for validation, of {had_valid}: trust fewer of these')
@@ -385,8 +390,8 @@ def PartSplitter(
     *,
     trusted=None, # Which rows are trusted, as in `find_trusted`, beside those that the column puts into the third part
 )->Callable: # A splitter for a `DataBlock` with a `DataFrame` of items
-    """Split by a column; the splitter raises `ValueError` for a value that is none of `parts`, for a gap in the order of the loaders, and for
-    `trusted` rows of the fourth part or with other labels."""
+    """Split by a column; the splitter raises `ValueError` for a value that is none of `parts`, for a gap in the order of the loaders, and
+    for `trusted` rows of the fourth part or with other labels."""
     if trusted is not None and len(parts) < 3: raise ValueError(f'trusted needs a third name in parts, which has only {listed(parts)}')
     def _inner(df):
         values = item_values(df, col, 'col')
@@ -455,7 +460,8 @@ def _relabelled(ds, labels):
     if not labels: return ds
     classes = {str(o): o for o in (sorted(set(item_labels(ds))) if vocab is None else vocab)}
     unknown = {o for o in labels.values() if o not in classes and (vocab is not None or not o.isdigit())}
-    if unknown: raise ValueError(f'trusted has the label {listed(map(repr, sorted(unknown)))}, but the classes of the data are {listed(classes, 20)}')
+    if unknown: raise ValueError(f'trusted has the label {listed(map(repr, sorted(unknown)))}, '
+        f'but the classes of the data are {listed(classes, 20)}')
     names = {i: classes.get(o) if o in classes else int(o) for i,o in labels.items()}
     if isinstance(ds, TabularPandas):
         codes = ds.items[ds.y_names[0]].to_numpy().copy()
@@ -515,8 +521,8 @@ def hold_out_meta(
     checked:bool=False, # Has somebody checked the labels that are drawn by? Otherwise a sentence says that nobody has
     seed:int=0, # Seed of the draw
 )->tuple[DataLoaders,DataLoader]: # `DataLoaders` like `dls` without the trusted items, and a loader of these
-    """Hold trusted items out of the training part, or of validation, if that is where they are; raises `ValueError` if the items, a class or
-    the groups don't allow it."""
+    """Hold trusted items out of the training part, or of validation, if that is where they are; raises `ValueError` if the items, a class
+    or the groups don't allow it."""
     _check_one_way(meta_per_class, trusted, False)
     check_dls(dls)
     dl,ds = dls.train,dls.train.dataset
@@ -555,8 +561,8 @@ def check_dls(dls):
     dl = dls.train
     if not isinstance(dl, DataLoader) or not dl.indexed:
         raise TypeError(f'dls.train is a {type(dl).__name__}, but must be a loader of fastai whose items have a position')
-    if _draws_by_itself(dl): raise ValueError('dls.train draws items by a function of its own (get_idxs or sample), whose positions would mean '
-        'other items when some are held out: hold them out first, and give the function to held.train.new(get_idxs=...)')
+    if _draws_by_itself(dl): raise ValueError('dls.train draws items by a function of its own (get_idxs or sample), whose positions would '
+        'mean other items when some are held out: hold them out first, and give the function to held.train.new(get_idxs=...)')
 
 def dataset_items(
     ds, # Any dataset
@@ -576,13 +582,14 @@ def _find_in_both(dls, trusted, items, labels):
             in_valid,missing_too = find_trusted(dataset_items(valid.dataset), trusted, dls.path, item_labels(valid.dataset))
             missing = [o for o in missing if o in set(missing_too)]
     _refuse_missing(missing, {**found, **in_valid}, len(items))
-    if in_valid: print(f'hold_out_meta: {len(in_valid)} of {len(found) + len(in_valid)} trusted items were in the validation part, and are taken out of it.')
+    n = len(found) + len(in_valid)
+    if in_valid: print(f'hold_out_meta: {len(in_valid)} of {n} trusted items were in the validation part, and are taken out of it.')
     return found,in_valid
 
 def _without(dl, positions):
     "A loader of validation without the items at `positions`."
-    if _draws_by_itself(dl): raise ValueError('some trusted items are in dls.valid, which draws items by a function of its own (get_idxs or sample): '
-        'take them out of it first')
+    if _draws_by_itself(dl): raise ValueError('some trusted items are in dls.valid, which draws items by a function of its own '
+        '(get_idxs or sample): take them out of it first')
     rest = [i for i in range(len(dl.dataset)) if i not in positions]
     if not rest: raise ValueError(f'trusted has all {len(dl.dataset)} items of the validation part: trust fewer of these')
     return _loader_like(dl, _subset(dl.dataset, rest, 1), rest)
