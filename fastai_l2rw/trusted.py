@@ -476,18 +476,25 @@ def disagreements(
     return torch.cat(wrong).nonzero().flatten().tolist()
 
 class DoubtedLabels(Callback):
-    "Warns once, after an epoch, with how many trusted labels that nobody has checked the model disagrees."
+    "Warns once in a fit, after an epoch, with how many trusted labels that nobody has checked the model disagrees."
     run_valid,told = False,False
     def __init__(self,
         reweight:Callback, # The owner, whose `this_fit` has `trusted`, the model and whether this is a search for a learning rate
     ): self.reweight = reweight
 
+    def before_fit(self):
+        "Nothing has been said yet."
+        self.told = False
+
     def after_epoch(self):
-        "Compare, if that has not been done yet."
+        "Compare, if that has not been done yet and the model has learned something, or will learn no more."
         fit = self.reweight.this_fit
         if self.told or fit is None or fit.searching or rank_distrib() or not getattr(fit.trusted.dl, 'unchecked', False): return
-        self.told,dl = True,fit.trusted.dl
-        if not (found := disagreements(fit.model, dl, fit.trusted.n_inp)): return
+        dl = fit.trusted.dl
+        found = disagreements(fit.model, dl, fit.trusted.n_inp)
+        if found and 2*len(found) > dl.n and self.epoch + 1 < self.n_epoch: return
+        self.told = True
+        if not found: return
         where = f', at the positions {_first(found, 10)} of meta_dl' if _is_standard(dl, 'get_idxs') else ''
         warnings.warn(f'{dl.n} trusted examples were drawn by their labels as given, which nobody has checked. After epoch {self.epoch}, '
             f'the model disagrees with {len(found)} of them{where}. Look at them with meta_dl.show_batch(max_n={dl.n}), or check examples '

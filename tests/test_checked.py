@@ -93,6 +93,26 @@ def test_checked_examples_are_found_in_another_split(folder, tmp_path, capsys):
     assert sum(map(len, parts)) == len(set.union(*parts)) == 120
     assert held.valid.one_batch()[0].shape == dls.valid.one_batch()[0].shape
 
+def test_all_trusted_items_are_in_validation(folder):
+    dls = image_dls(folder)
+    wanted = dls.valid_ds.items[:4]
+    held,meta_dl = hold_out_meta(dls, trusted=wanted)
+    assert set(meta_dl.dataset.items) == set(wanted) and len(held.valid_ds) == len(dls.valid_ds) - 4
+    assert set(held.train_ds.items) == set(dls.train_ds.items)
+    with pytest.raises(ValueError, match='all 24 items of the validation part: trust fewer'): hold_out_meta(dls, trusted=dls.valid_ds.items)
+
+def test_texts_are_found_by_what_they_are(tmp_path):
+    "In validation, where two are the same, they are not looked for."
+    texts = [f'text {i} {"long "*40}' for i in range(24)] + ['the same']*2
+    def number(o): return torch.tensor([float(len(o))])
+    def of(o): return 'ab'[texts.index(o) % 2]
+    block = DataBlock((TransformBlock, CategoryBlock), get_x=number, get_y=of, splitter=IndexSplitter(range(20, 26)))
+    dls = block.dataloaders(texts, bs=4, num_workers=0)
+    MetaCandidates(dls, 2).confirm().save(tmp_path/'checked.csv')
+    assert max(map(len, (tmp_path/'checked.csv').read_text().splitlines())) < 110
+    held,meta_dl = hold_out_meta(dls, trusted=tmp_path/'checked.csv')
+    assert len(meta_dl.dataset) == 4 and len(held.train_ds) == 16
+
 def test_checked_examples_are_found_after_the_folder_has_moved(folder, tmp_path):
     checked_file(image_dls(folder), tmp_path/'checked.csv')
     moved = shutil.copytree(folder, tmp_path/'elsewhere'/'pets')
@@ -327,6 +347,19 @@ def test_the_model_is_asked_about_unchecked_labels(folder, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         quiet(Learner(checked, ByColour(), loss_func=CrossEntropyLossFlat(), cbs=MetaReweightCallback(meta_dl), path=tmp_path)).fit(1, 1e-5)
+
+@pytest.mark.parametrize('n_epoch,told_after', [(1, 0), (3, 2)])
+def test_a_model_that_knows_little_is_asked_later(folder, tmp_path, n_epoch, told_after):
+    "Not after the first epoch, unless that is the last."
+    class SaysCat(nn.Module):
+        def __init__(self): super().__init__(); self.bias = nn.Parameter(torch.tensor([9., 0., 0.]))
+        def forward(self, x): return self.bias.expand(len(x), 3)
+    held,meta_dl = hold_out_meta(image_dls(folder), 5)
+    learn = quiet(Learner(held, SaysCat(), loss_func=CrossEntropyLossFlat(), cbs=MetaReweightCallback(meta_dl), path=tmp_path))
+    with pytest.warns(UserWarning) as caught: learn.fit(n_epoch, 1e-5)
+    told, = [str(o.message) for o in caught if 'nobody has checked' in str(o.message)]
+    assert f'After epoch {told_after}, the model disagrees with 10 of them' in told
+    learn.validate()
 
 def test_asking_changes_no_training(folder, tmp_path):
     def weights(mark):

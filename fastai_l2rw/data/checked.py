@@ -88,7 +88,10 @@ class MetaCandidates:
     def __len__(self): return len(self.table)
     def __repr__(self): return f'{type(self).__name__} of {len(self)} examples\n{self._named()}'
     def _repr_html_(self): return self._named()._repr_html_()
-    def _named(self): return self.table.assign(**{self.kind: [self.keys[i] for i in self.table.position]}).drop(columns='position')
+    def _named(self):
+        table = self.table.drop(columns='position')
+        table.insert(0, self.kind, [self.keys[i] for i in self.table.position])
+        return table
 
 # %% ../../nbs/24_data.checked.ipynb #24c0de09
 def _as_picture(x):

@@ -291,7 +291,8 @@ def _say_unchecked(who, n, k):
 def _with_others(held, groups, among):
     "The other members of the groups of `held`."
     if groups is None: return []
-    return [i for i in among if i not in held and groups[i] in {groups[o] for o in held}]
+    whole = {groups[i] for i in held}
+    return [i for i in among if i not in held and groups[i] in whole]
 
 def _check_one_way(meta_per_class, trusted, get_y_needed):
     if (meta_per_class is None) == (trusted is None): raise ValueError('give one of trusted, which says which items are, and '
@@ -578,7 +579,7 @@ def _find_in_both(dls, trusted, items, labels):
     named = not is_by_place(trusted)
     valid = dls.loaders[1] if len(dls.loaders) > 1 else None
     if named and isinstance(valid, DataLoader) and valid.indexed and len(valid.dataset) and hasattr(valid.dataset, 'items'):
-        if item_keys(items)[0] != 'position':
+        if item_keys(items)[0] == item_keys(dataset_items(valid.dataset))[0] != 'position':
             in_valid,missing_too = find_trusted(dataset_items(valid.dataset), trusted, dls.path, item_labels(valid.dataset))
             missing = [o for o in missing if o in set(missing_too)]
     _refuse_missing(missing, {**found, **in_valid}, len(items))
