@@ -2,8 +2,7 @@
 
 Trains a small network on features by the preset 'robust', with the same split, the same wrong labels and the same initial weights for each
 row; only the trusted examples differ, and no row trains on any of them. Three are among the five, and so on. By itself it takes the
-handwritten digits of scikit-learn, with
-one of them dominant (about two minutes on one core):
+handwritten digits of scikit-learn, one of them dominant (about two minutes on one core):
 
     python benchmarks/trusted_examples.py
 

@@ -1,5 +1,5 @@
 "Trusted examples that a person has checked: found wherever they are, with their right labels, and gone from where they were."
-import builtins, shutil, warnings
+import builtins, os, shutil, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.basics import (CategoryBlock, ColReader, DataBlock, DataLoaders, Datasets, IndexSplitter, L, Learner, RandomSplitter, Transform,
@@ -136,6 +136,27 @@ def test_files_that_are_gone(folder, tmp_path):
     again = MetaCandidates.load(tmp_path/'checked.csv', image_dls(copy), per_class=6)
     again.draw().confirm().save(tmp_path/'checked.csv')
     assert gone in read_checked(tmp_path/'checked.csv').index and len(read_checked(tmp_path/'checked.csv')) > 15
+
+def test_a_file_that_was_edited(folder, tmp_path):
+    "By a program that marks the encoding, and by hand; and names that are not UTF-8, or look like numbers or like nothing."
+    dls = image_dls(folder)
+    checked_file(dls, tmp_path/'checked.csv')
+    text = (tmp_path/'checked.csv').read_text()
+    (tmp_path/'marked.csv').write_text(text.replace('\n', '\r\n'), encoding='utf-8-sig')
+    assert len(hold_out_meta(dls, trusted=tmp_path/'marked.csv')[1].dataset) == 15
+    first = text.splitlines()[1]
+    (tmp_path/'twice.csv').write_text(text + first)
+    with pytest.raises(ValueError, match='has .* more than once: leave one line of it'): hold_out_meta(dls, trusted=tmp_path/'twice.csv')
+    for broken in ('', 'file\n"', text.replace('label,', ''), 'file,label,given,date\n'):
+        (tmp_path/'broken.csv').write_text(broken)
+        with pytest.raises(ValueError): hold_out_meta(dls, trusted=tmp_path/'broken.csv')
+    df = pd.DataFrame(dict(name=[f'{i}' for i in range(30)], label=['NA', 'None', '1']*10))
+    odd = [Path('a'), *[Path(os.fsdecode(b'\xff%d' % i)) for i in range(29)]]
+    block = DataBlock((TransformBlock, CategoryBlock), get_x=lambda o: torch.zeros(1), get_y=lambda o: df.label[odd.index(o)],
+        splitter=IndexSplitter(range(24, 30)))
+    dls = block.dataloaders(odd, bs=4, num_workers=0)
+    MetaCandidates(dls, 2).relabel({0: 'NA'}).confirm().save(tmp_path/'odd.csv')
+    assert len(hold_out_meta(dls, trusted=tmp_path/'odd.csv')[1].dataset) == 6
 
 def test_what_is_saved_is_small_and_readable(folder, tmp_path):
     checked_file(image_dls(folder), tmp_path/'checked.csv')

@@ -7,7 +7,7 @@ __all__ = ['MetaSplitter', 'BalancedSplitter', 'PartSplitter', 'hold_out_meta', 
 
 # %% ../../nbs/20_data.core.ipynb #8b0faf22
 import hashlib, os, warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from types import MethodType
@@ -107,7 +107,7 @@ def read_checked(
     "Read checked examples; raises `FileNotFoundError` if there is no such file, and `ValueError` if it is another kind of file."
     if not Path(fname).is_file():
         raise FileNotFoundError(f'trusted={str(fname)!r} is no file: save checked examples with MetaCandidates first')
-    try: df = pd.read_csv(fname, dtype=str, keep_default_na=False, encoding_errors='surrogateescape')
+    try: df = pd.read_csv(fname, dtype=str, index_col=False, keep_default_na=False, encoding='utf-8-sig', encoding_errors='surrogateescape')
     except (pd.errors.EmptyDataError, pd.errors.ParserError) as e: raise ValueError(f'{fname} is no table of checked examples: {e}') from e
     kind = df.columns[0]
     if kind not in key_kinds or tuple(df.columns[1:]) != checked_columns: raise ValueError(f'{fname} has the columns '
@@ -153,8 +153,11 @@ def find_trusted(
     if isinstance(trusted, pd.Series) and trusted.dtype == bool and isinstance(items, pd.DataFrame): trusted = trusted.index[trusted]
     if isinstance(trusted, (pd.DataFrame, pd.Index)): return _by_index(items, trusted if isinstance(trusted, pd.Index) else trusted.index)
     if callable(trusted): return _where(_truth_values(items, item_values(items, trusted, 'trusted'))),[]
-    if isinstance(trusted, (int, float)) or not hasattr(trusted, '__len__') or hasattr(trusted, 'dataloaders'):
-        raise TypeError(f'trusted is a {type(trusted).__name__}, but must say which items are trusted: {_kinds_of_trusted}')
+    needed = f'trusted is a {type(trusted).__name__}, but must say which items are trusted: {_kinds_of_trusted}'
+    if isinstance(trusted, (DataLoader, torch.utils.data.DataLoader)):
+        raise TypeError(f'{needed}. A loader of trusted examples is what MetaReweightCallback takes')
+    if isinstance(trusted, Mapping): raise TypeError(f'{needed}, in which labels are corrected by relabel')
+    if isinstance(trusted, (int, float)) or not hasattr(trusted, '__len__') or hasattr(trusted, 'dataloaders'): raise TypeError(needed)
     values = _as_array(trusted)
     if values.ndim != 1 or not len(values):
         raise ValueError(f'trusted has the shape {values.shape}, but must be a list of at least one item')
@@ -575,7 +578,7 @@ def dataset_items(
 def _find_in_both(dls, trusted, items, labels):
     "Labels by position of the trusted items in training, and the same in validation."
     found,missing = find_trusted(items, trusted, dls.path, labels)
-    in_valid = {}
+    found,in_valid = dict(sorted(found.items())),{}
     named = not is_by_place(trusted)
     valid = dls.loaders[1] if len(dls.loaders) > 1 else None
     if named and isinstance(valid, DataLoader) and valid.indexed and len(valid.dataset) and hasattr(valid.dataset, 'items'):
