@@ -188,13 +188,16 @@ def test_another_example_by_the_same_name(folder, tmp_path):
 
 def frame_dls(path, df, **kwargs): return ImageDataLoaders.from_df(df, path, valid_pct=0.2, seed=0, bs=16, num_workers=0, **kwargs)
 
-@pytest.mark.parametrize('name', ['files', 'names', 'positions', 'mask', 'function', 'tensor'])
+@pytest.mark.parametrize('name', ['files', 'names', 'positions', 'mask', 'function', 'tensor', 'series', 'series of truth values'])
 def test_ways_to_name_files(folder, name):
     dls = image_dls(folder)
     items = list(dls.train_ds.items)
     wanted = items[3:30:3]
     trusted = dict(files=wanted, names=[str(o.relative_to(folder)) for o in wanted], positions=range(3, 30, 3),
-        mask=[o in wanted for o in items], function=lambda o: o in wanted, tensor=torch.arange(3, 30, 3))[name]
+        mask=[o in wanted for o in items], function=lambda o: o in wanted, tensor=torch.arange(3, 30, 3),
+        series=pd.Series(range(3, 30, 3)))
+    trusted['series of truth values'] = pd.Series(trusted['mask'])
+    trusted = trusted[name]
     held,meta_dl = hold_out_meta(dls, trusted=trusted)
     assert set(meta_dl.dataset.items) == set(wanted) and len(held.train_ds) == len(items) - 9
     assert truth(meta_dl)[1] == [o.parent.name for o in meta_dl.dataset.items]

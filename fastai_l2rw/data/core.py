@@ -98,8 +98,8 @@ def _short_name(text, most=80):
     return text if len(text) <= most else f'{text[:most - 20]}… {hashlib.sha1(text.encode(errors="surrogatepass")).hexdigest()[:12]}'
 
 # %% ../../nbs/20_data.core.ipynb #c0ffee05
-checked_columns = ('label', 'given', 'date') # and before these, one of `key_kinds`
-key_kinds = ('file', 'row', 'item', 'position')
+checked_columns = ('label', 'given', 'date') # and before these, one of the following
+_key_kinds = ('file', 'row', 'item', 'position')
 
 def read_checked(
     fname:str|Path, # CSV file as `MetaCandidates` saves it
@@ -110,8 +110,8 @@ def read_checked(
     try: df = pd.read_csv(fname, dtype=str, index_col=False, keep_default_na=False, encoding='utf-8-sig', encoding_errors='surrogateescape')
     except (pd.errors.EmptyDataError, pd.errors.ParserError) as e: raise ValueError(f'{fname} is no table of checked examples: {e}') from e
     kind = df.columns[0]
-    if kind not in key_kinds or tuple(df.columns[1:]) != checked_columns: raise ValueError(f'{fname} has the columns '
-        f'{listed(df.columns, 6)}, but checked examples have {listed(checked_columns)} after one of {listed(key_kinds)}')
+    if kind not in _key_kinds or tuple(df.columns[1:]) != checked_columns: raise ValueError(f'{fname} has the columns '
+        f'{listed(df.columns, 6)}, but checked examples have {listed(checked_columns)} after one of {listed(_key_kinds)}')
     df = df.set_index(kind)
     twice = df.index[df.index.duplicated()]
     if len(twice): raise ValueError(f'{fname} has {twice[0]!r} more than once: leave one line of it')
@@ -123,12 +123,10 @@ _kinds_of_trusted = ('files, rows of a DataFrame, the name of a column of truth 
 
 def _is_csv(o): return isinstance(o, (str, Path)) and str(o).lower().endswith('.csv')
 
-def is_by_place(
-    trusted, # As in `find_trusted`
-)->bool: # Or are they named, so that they can be found in any list?
-    "Are trusted items given by their places in a list?"
-    named = str,Path,pd.DataFrame,pd.Index,pd.Series
-    if isinstance(trusted, named) or callable(trusted) or hasattr(type(trusted), 'checked_table'): return False
+def _is_by_place(items, trusted):
+    "Are trusted items given by their places in a list, and not by what they are, so that they can be found in any list?"
+    if isinstance(trusted, pd.Series): return not (trusted.dtype == bool and isinstance(items, pd.DataFrame))
+    if isinstance(trusted, (str, Path, pd.DataFrame, pd.Index)) or callable(trusted) or hasattr(type(trusted), 'checked_table'): return False
     return _as_array(trusted).dtype.kind in 'biu'
 
 def _as_array(x):
@@ -579,7 +577,7 @@ def _find_in_both(dls, trusted, items, labels):
     "Labels by position of the trusted items in training, and the same in validation."
     found,missing = find_trusted(items, trusted, dls.path, labels)
     found,in_valid = dict(sorted(found.items())),{}
-    named = not is_by_place(trusted)
+    named = not _is_by_place(items, trusted)
     valid = dls.loaders[1] if len(dls.loaders) > 1 else None
     if named and isinstance(valid, DataLoader) and valid.indexed and len(valid.dataset) and hasattr(valid.dataset, 'items'):
         if item_keys(items)[0] == item_keys(dataset_items(valid.dataset))[0] != 'position':
