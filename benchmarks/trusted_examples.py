@@ -84,6 +84,18 @@ def score(X, y, parts, scheme, trusted, seed, epochs, lr):
         learn.fit_one_cycle(epochs, lr)
         return 100*learn.validate()[1]
 
+def report(table, given, X, y, train, base='10 of each class'):
+    "The table as Markdown, with what made it."
+    def spread(o): return f'{o.mean():.1f} ± {o.std():.1f}' if len(o) > 1 else f'{o.mean():.1f}'
+    rows = [f'| {k} | {spread(v)} | {"" if k == base else spread(v - table[base])} |' for k,v in table.items()]
+    options = ' '.join(f'--{k} {v}' for k,v in given.items() if v is not None)
+    return '\n'.join([f'# Trusted examples: {given["name"]}', '', f'`python benchmarks/trusted_examples.py {options}`',
+        f'with torch {torch.__version__}, fastai {fastai.__version__}.', '',
+        f'A network with one hidden layer on {X.shape[1]} features, {len(train)} training items of {y.max() + 1} classes, '
+        f'{given["noise"]:.0%} of the labels wrong. The trusted items are not trained on. Balanced accuracy on test items in %, '
+        f'mean ± standard deviation over {given["seeds"]} seeds; differences are of the same seed.', '',
+        f'| trusted | balanced accuracy | difference to {base} |', '|---|---|---|', *rows, ''])
+
 @call_parse
 def main(
     features:Path=None, # File of features and labels; default: scikit-learn's digits
@@ -98,24 +110,15 @@ def main(
 ):
     "Train with different trusted examples, and write trusted_examples.md, or trusted_examples_NAME.md for a file of your own."
     torch.set_num_threads(1)
-    (X,y),found,counts = read_data(features),{},np.array(list(map(int, sizes.split(','))))
+    (X,y),found,counts = read_data(features),{},list(map(int, sizes.split(',')))
+    if 10 not in counts: raise SystemExit(f'sizes={sizes} must have 10, which the other rows are compared with')
     for seed in range(seeds):
         parts = split(X, y, seed, noise, counts, dominance)
         found.setdefault('none: a weighted sampler', []).append(score(X, y, parts, 'weighted sampler', None, seed, epochs, lr))
         for row,trusted in parts[-1].items(): found.setdefault(row, []).append(score(X, y, parts, 'robust', trusted, seed, epochs, lr))
         print(seed, {k: round(v[-1], 1) for k,v in found.items()}, flush=True)
-    table,base = pd.DataFrame(found),'10 of each class'
-    spread = lambda o: f'{o.mean():.1f} ± {o.std():.1f}'
-    given = dict(features=features and features.name, name=name, noise=noise, dominance=dominance, sizes=sizes, seeds=seeds,
-        epochs=epochs, lr=lr)
-    options = ' '.join(f'--{k} {v}' for k,v in given.items() if v is not None)
-    train = split(X, y, 0, noise, counts, dominance)[1]
-    lines = [f'# Trusted examples: {name}', '', f'`python benchmarks/trusted_examples.py {options}`',
-        f'with torch {torch.__version__}, fastai {fastai.__version__}.', '',
-        f'A network with one hidden layer on {X.shape[1]} features, {len(train)} training items of {y.max() + 1} classes, '
-        f'{noise:.0%} of the labels wrong. The trusted items are not trained on. '
-        f'Balanced accuracy on test items in %, mean ± standard deviation over {seeds} seeds; differences are of the same seed.', '',
-        f'| trusted | balanced accuracy | difference to {base} |', '|---|---|---|',
-        *(f'| {k} | {spread(v)} | {"" if k == base else spread(v - table[base])} |' for k,v in table.items())]
-    out.mkdir(exist_ok=True)
-    (out/('trusted_examples.md' if features is None else f'trusted_examples_{name}.md')).write_text('\n'.join(lines) + '\n')
+        given = dict(features=features and features.name, name=name, noise=noise, dominance=dominance, sizes=sizes, seeds=seed + 1,
+            epochs=epochs, lr=lr) # what gives this table, also if the run is stopped after this seed
+        out.mkdir(exist_ok=True)
+        file = out/('trusted_examples.md' if features is None else f'trusted_examples_{name}.md')
+        file.write_text(report(pd.DataFrame(found), given, X, y, parts[1]))
