@@ -108,7 +108,7 @@ def test_texts_are_found_by_what_they_are(tmp_path):
     def of(o): return 'ab'[texts.index(o) % 2]
     block = DataBlock((TransformBlock, CategoryBlock), get_x=number, get_y=of, splitter=IndexSplitter(range(20, 26)))
     dls = block.dataloaders(texts, bs=4, num_workers=0)
-    MetaCandidates(dls, 2).confirm().save(tmp_path/'checked.csv')
+    MetaCandidates(dls, 2).confirm(range(4)).save(tmp_path/'checked.csv')
     assert max(map(len, (tmp_path/'checked.csv').read_text().splitlines())) < 110
     held,meta_dl = hold_out_meta(dls, trusted=tmp_path/'checked.csv')
     assert len(meta_dl.dataset) == 4 and len(held.train_ds) == 16
@@ -134,7 +134,8 @@ def test_files_that_are_gone(folder, tmp_path):
         _,meta_dl = hold_out_meta(image_dls(copy), trusted=tmp_path/'checked.csv')
     assert len(meta_dl.dataset) == 14
     again = MetaCandidates.load(tmp_path/'checked.csv', image_dls(copy), per_class=6)
-    again.draw().confirm().save(tmp_path/'checked.csv')
+    again.draw().show()
+    again.confirm().save(tmp_path/'checked.csv')
     assert gone in read_checked(tmp_path/'checked.csv').index and len(read_checked(tmp_path/'checked.csv')) > 15
 
 def test_a_file_that_was_edited(folder, tmp_path):
@@ -155,7 +156,7 @@ def test_a_file_that_was_edited(folder, tmp_path):
     block = DataBlock((TransformBlock, CategoryBlock), get_x=lambda o: torch.zeros(1), get_y=lambda o: df.label[odd.index(o)],
         splitter=IndexSplitter(range(24, 30)))
     dls = block.dataloaders(odd, bs=4, num_workers=0)
-    MetaCandidates(dls, 2).relabel({0: 'NA'}).confirm().save(tmp_path/'odd.csv')
+    MetaCandidates(dls, 2).relabel({0: 'NA'}).confirm(range(6)).save(tmp_path/'odd.csv')
     assert len(hold_out_meta(dls, trusted=tmp_path/'odd.csv')[1].dataset) == 6
 
 def test_what_is_saved_is_small_and_readable(folder, tmp_path):
@@ -174,7 +175,7 @@ def test_another_example_by_the_same_name(folder, tmp_path):
         return block.dataloaders(df, bs=8, num_workers=0)
     candidates = MetaCandidates(dls_of(df), 3)
     row = int(candidates.keys[candidates.table.position[0]])
-    candidates.relabel({0: 'b'}).confirm().save(tmp_path/'c.csv')
+    candidates.relabel({0: 'b'}).confirm(range(6)).save(tmp_path/'c.csv')
     fixed = df.copy()
     fixed.loc[row, 'label'] = 'b'
     _,meta_dl = hold_out_meta(dls_of(fixed), trusted=tmp_path/'c.csv')
@@ -274,6 +275,7 @@ def test_corrected_labels(kind, tmp_path, capsys):
     dls = corrected_data(kind)
     candidates = MetaCandidates(dls, 3)
     names = list(candidates.classes)
+    candidates.show()
     candidates.relabel({0: names[1], 5: names[0]}).drop([1]).confirm().save(tmp_path/'c.csv')
     assert ('saved by their positions' in capsys.readouterr().out) == (kind == 'PyTorch')
     before = labels_of(dls.train)
@@ -320,6 +322,19 @@ def test_candidates_are_drawn_in_groups_and_leave_one():
     state = torch.get_rng_state(),np.random.get_state()[1].tolist()
     MetaCandidates(dls, 2).show()
     assert torch.equal(state[0], torch.get_rng_state()) and state[1] == np.random.get_state()[1].tolist()
+
+def test_only_what_has_been_shown_is_confirmed(folder, capsys):
+    candidates = MetaCandidates(image_dls(folder), 3)
+    with pytest.raises(ValueError, match='none of the 9 open candidates has been shown: look at them with show'): candidates.confirm()
+    candidates.show(max_n=4)
+    capsys.readouterr()
+    assert candidates.drop([1]).confirm().table.state.tolist() == ['confirmed', 'dropped'] + ['confirmed']*2 + ['open']*5
+    assert '3 examples are confirmed, 0 of them with another label than given. 5 have not been shown yet' in capsys.readouterr().out
+    assert (candidates.confirm([5, 6]).table.state == 'confirmed').sum() == 5 and len(candidates.checked_table()) == 5
+    with pytest.raises(ValueError, match='there is no candidate 99'): candidates.confirm([99])
+    candidates.show()
+    assert (candidates.confirm().confirm().table.state == 'open').sum() == 0
+    assert "There are only 2 of 'cat', and 3 were wanted" in capsys.readouterr().out
 
 def test_nothing_changes_where_a_correction_is_refused(folder):
     candidates = MetaCandidates(image_dls(folder), 2)

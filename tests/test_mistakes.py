@@ -140,12 +140,15 @@ MISTAKES = {
     # candidates
     'trust before a look': (lambda p: hold_out_meta(table(), trusted=MetaCandidates(table(), 2)), ValueError,
         'none of the 4 candidates has been confirmed', 'look at them (show)'),
+    'confirmed before a look': (lambda p: MetaCandidates(table(), 2).confirm(), ValueError, 'none of the 4 open candidates has been shown',
+        'look at them with show() first'),
     'a class with a typo': (lambda p: MetaCandidates(table(), 2).relabel({0: 'nope'}), ValueError,
         "'nope' is none of the classes", 'which are no, yes'),
     'a number that is none': (lambda p: MetaCandidates(table(), 2).drop([44]), ValueError,
         'there is no candidate 44', 'numbered from 0 to 3'),
     'a list of labels': (lambda p: MetaCandidates(table(), 2).relabel(['no']), TypeError, 'labels is a list', "relabel({3: 'dog'})"),
-    'no .csv': (lambda p: MetaCandidates(table(), 2).confirm().save(p/'checked.txt'), ValueError, "checked.txt'", 'must end with .csv'),
+    'no .csv': (lambda p: MetaCandidates(table(), 2).confirm(range(4)).save(p/'checked.txt'), ValueError,
+        "checked.txt'", 'must end with .csv'),
     # data for experiments
     'a percentage': (lambda p: label_noise(df.label, uniform=40), ValueError, 'uniform=40', 'a share, from 0 to 1'),
     'two kinds of skew': (lambda p: imbalance(df.label, tail=2, step=2), ValueError,

@@ -29,7 +29,7 @@ class MetaCandidates:
     `ValueError` for data without one class label per item."""
     def __init__(self,
         dls:DataLoaders, # `DataLoaders` of images, tables, texts or anything else with one label per item
-        per_class:int=5, # Number of examples that are wanted of each class
+        per_class:int|None=5, # Number of examples that are wanted of each class; `None` draws none yet
         *,
         groups:Callable|str|Sequence|None=None, # Group of each training item, as in `hold_out_meta`
         seed:int=0, # Seed of the draw
@@ -43,8 +43,9 @@ class MetaCandidates:
         vocab = label_vocab(self.ds)
         self.classes = {str(o): o for o in (sorted(set(self.labels)) if vocab is None else vocab) if o != '#na#'} # by name
         self.table = pd.DataFrame(columns=['position', *checked_columns, 'state'], index=pd.Index([], name='number', dtype=int))
+        self.shown = set() # numbers of those that a person has been shown
         self.elsewhere = None # what was loaded of examples that are not in the training part
-        self.draw(per_class)
+        if per_class is not None: self.draw(per_class)
 
     def draw(self,
         per_class:int|None=None, # Number of examples that are wanted of each class; default: as many as before
@@ -96,7 +97,10 @@ class MetaCandidates:
 # %% ../../nbs/24_data.checked.ipynb #24c0de09
 def _as_picture(x):
     "An image of any kind as one of PIL's; `None` if it is no image."
-    if isinstance(x, Image.Image): return ImageOps.exif_transpose(x).convert('RGB')
+    if isinstance(x, Image.Image):
+        x = ImageOps.exif_transpose(x).convert('RGB')
+        x.thumbnail((256, 256))
+        return x
     if not isinstance(x, torch.Tensor) or x.ndim not in (2, 3) or x.ndim == 3 and x.shape[0] not in (1, 3) or min(x.shape[-2:]) < 2: return
     a = x.detach().cpu().numpy().astype(float)
     if x.is_floating_point(): a = a*255 if 0 <= a.min() and a.max() <= 1 else (a - a.min())/max(a.max() - a.min(), 1e-9)*255
@@ -134,6 +138,7 @@ def show(self:MetaCandidates,
     numbers = self._numbers(numbers)
     if len(numbers) > max_n: print(f'{max_n} of {len(numbers)} candidates are shown; the next is show([{numbers[max_n]}]), or raise max_n.')
     numbers = numbers[:max_n]
+    self.shown |= set(numbers)
     seen = {n: self.inputs(n) for n in numbers}
     if any(isinstance(o, Image.Image) for xs in seen.values() for o in xs): return self._grid(seen)
     shown = self.table.loc[numbers, ['label', 'given']]
@@ -171,9 +176,7 @@ def _grid(self:MetaCandidates, seen):
     for ax,(number,xs) in zip(axes, seen.items()):
         picture = next((o for o in xs if isinstance(o, Image.Image)), None)
         if picture is None: ax.text(0.5, 0.5, '\n'.join(map(str, xs))[:200], ha='center', va='center', wrap=True, fontsize='x-small')
-        else:
-            picture.thumbnail((256, 256))
-            ax.imshow(picture)
+        else: ax.imshow(picture)
         ax.set_title(self._title(number), fontsize='small')
     return fig
 
@@ -201,16 +204,24 @@ def drop(self:MetaCandidates,
     return self
 
 @patch
-def confirm(self:MetaCandidates): # The candidates themselves
-    "Say that all that are not dropped have been looked at and are labelled right; tells what is missing."
+def confirm(self:MetaCandidates,
+    numbers:Iterable[int]|None=None, # Which candidates; default: all that have been shown and are not dropped
+): # The candidates themselves
+    """Say that candidates have been looked at and are labelled right; tells what is missing. Raises `ValueError` if none has been shown, or
+    for numbers that there are not."""
+    chosen = [o for o in self.table.index[self.table.state == 'open'] if o in self.shown] if numbers is None else self._numbers(numbers)
     is_open = self.table.state == 'open'
-    self.table.loc[is_open, 'date'] = datetime.date.today().isoformat()
-    self.table.loc[is_open, 'state'] = 'confirmed'
-    n = (self.table.state == 'confirmed').sum()
-    corrected = ((self.table.state == 'confirmed') & (self.table.label != self.table.given)).sum()
-    few = [f'{o} of {c!r}' for c,o in self.counts().items() if o < self.per_class]
-    print(f'MetaCandidates: {n} examples are confirmed, {corrected} of them with another label than given.'
-        + (f' There are only {listed(few, 10)}, and {self.per_class} were wanted: draw() gets more to look at.' if few else ''))
+    if numbers is None and not chosen and is_open.any(): raise ValueError(f'none of the {is_open.sum()} open candidates has been shown: '
+        'look at them with show() first, or say by their numbers which you have seen elsewhere, confirm(range(5)) for instance')
+    self.table.loc[chosen, ['date', 'state']] = [datetime.date.today().isoformat(), 'confirmed']
+    is_sure = self.table.state == 'confirmed'
+    counts = Counter(self.table.label[is_sure])
+    few = [f'{counts[c]} of {c!r}' for c in self.classes if counts[c] < self.per_class]
+    n_open,corrected = (self.table.state == 'open').sum(),is_sure & (self.table.label != self.table.given)
+    said = f'{is_sure.sum()} examples are confirmed, {corrected.sum()} of them with another label than given.'
+    if n_open: said += f' {n_open} have not been shown yet: show() them.'
+    elif few: said += f' There are only {listed(few, 10)}, and {self.per_class} were wanted: draw() gets more to look at.'
+    print(f'MetaCandidates: {said}')
     return self
 
 # %% ../../nbs/24_data.checked.ipynb #24c0de18
@@ -251,9 +262,8 @@ def load(cls:MetaCandidates,
     **kwargs, # As for `MetaCandidates`
 ): # Candidates, of which those in the file are confirmed
     "Go on from examples that were saved; raises what `hold_out_meta` raises for a file that doesn't fit the data."
-    self,table = cls(dls, 1, **kwargs),read_checked(fname)
+    self,table = cls(dls, None, **kwargs),read_checked(fname)
     found,missing = find_trusted(dataset_items(self.ds), fname, dls.path, self.labels)
-    self.table = self.table[:0]
     at = {self.keys[i]: i for i in found}
     known = table[[k in at for k in table.index]]
     for k,o in known.iterrows(): self._add([at[k]], [o.label], 'confirmed', [str(self.labels[at[k]])], o.date)
@@ -276,7 +286,6 @@ def widget(self:MetaCandidates,
         for o in self.inputs(number) or [self._row(number)]:
             if isinstance(o, str): parts.append(ipywidgets.HTML(html.escape(o), layout=dict(width='200px')))
             else:
-                o.thumbnail((128, 128))
                 o.save(data := io.BytesIO(), 'png')
                 parts.append(ipywidgets.Image(value=data.getvalue(), format='png'))
         menu = ipywidgets.Dropdown(options=[*self.classes, drop], value=self.table.label[number], description=str(number),
@@ -294,6 +303,7 @@ def widget(self:MetaCandidates,
         with said: self.confirm()
     button.on_click(confirmed)
     boxes = [shown(n) for n in self._numbers(numbers)[:max_n]]
+    self.shown |= set(self._numbers(numbers)[:max_n])
     return ipywidgets.VBox([ipywidgets.Box(boxes, layout=dict(flex_flow='row wrap')), button, said])
 
 @patch
