@@ -89,9 +89,8 @@ MISTAKES = {
     'a loss for all items at once': (lambda p: fit(loader(x, y), loss_func=lambda a, b: nn.functional.cross_entropy(a, b)), ValueError,
         'returned a tensor of shape () for a batch of 8 items', "obeys when it is 'none', or let it return one loss per item"),
     # which examples are trusted
-    'two ways to say which': (lambda p: hold_out_meta(two(), 3, trusted=[1]), ValueError,
-        'not both of them', 'trusted, which says which items are'),
-    'nothing said': (lambda p: hold_out_meta(two()), ValueError, 'not none of them', 'meta_per_class, how many'),
+    'two ways to say which': (lambda p: hold_out_meta(two(), 3, trusted=[1]), ValueError, 'meta_per_class=3', 'give one of them'),
+    'nothing said': (lambda p: hold_out_meta(two()), ValueError, 'meta_per_class=None must be', 'or trusted must say which items are'),
     'the Learner again': (lambda p: hold_out_meta(Learner(two(), cnn(), CrossEntropyLossFlat()), 3), TypeError,
         'dls is a Learner', 'take learn.dls'),
     'more than there are': (lambda p: hold_out_meta(two(), 500), ValueError, 'meta_per_class=500', 'must leave at least one to train on'),

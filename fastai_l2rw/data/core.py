@@ -126,7 +126,8 @@ def _is_csv(o): return isinstance(o, (str, Path)) and str(o).lower().endswith('.
 def _is_by_place(items, trusted):
     "Are trusted items given by their places in a list, and not by what they are, so that they can be found in any list?"
     if isinstance(trusted, pd.Series): return not (trusted.dtype == bool and isinstance(items, pd.DataFrame))
-    if isinstance(trusted, (str, Path, pd.DataFrame, pd.Index)) or callable(trusted) or hasattr(type(trusted), 'checked_table'): return False
+    if isinstance(trusted, (str, Path, pd.DataFrame, pd.Index)) or callable(trusted): return False
+    if hasattr(type(trusted), 'checked_table'): return False
     return _as_array(trusted).dtype.kind in 'biu'
 
 def _as_array(x):
@@ -296,11 +297,14 @@ def _with_others(held, groups, among):
     return [i for i in among if i not in held and groups[i] in whole]
 
 def _check_one_way(meta_per_class, trusted, get_y_needed):
-    if (meta_per_class is None) == (trusted is None): raise ValueError('give one of trusted, which says which items are, and '
-        f'meta_per_class, how many are drawn of each class, not {"none" if trusted is None else "both"} of them')
-    if meta_per_class is not None: _check_count('meta_per_class', meta_per_class)
-    if meta_per_class is not None and get_y_needed: raise ValueError(f'get_y is needed for meta_per_class={meta_per_class}: '
-        'a function from an item to its label, such as parent_label, or a column')
+    if trusted is None and meta_per_class is None: raise ValueError('meta_per_class=None must be a whole number of items per class, '
+        '1 or more, or trusted must say which items are')
+    if trusted is not None and meta_per_class is not None: raise ValueError(f'meta_per_class={meta_per_class!r} is how many are drawn, and '
+        'trusted says which items are trusted: give one of them')
+    if meta_per_class is None: return
+    _check_count('meta_per_class', meta_per_class)
+    if get_y_needed: raise ValueError(f'get_y is needed for meta_per_class={meta_per_class}: a function from an item to its label, '
+        'such as parent_label, or a column')
 
 def _warn_of_lost(labels, train, classes):
     lost = [c for c in _classes(classes) if c not in set(labels[train])]
