@@ -194,12 +194,14 @@ def weigh_loss(self:MetaReweightCallback):
 @patch
 def after_step(self:MetaReweightCallback):
     "Keep what a resumed fit needs where `learn.save` finds it."
-    if self.this_fit is not None and not self.this_fit.searching: Checkpoint(self.opt, self).save(self.this_fit.state())
+    if self.this_fit is not None and not self.this_fit.searching: self.this_fit.save()
 
 @patch
 def after_train(self:MetaReweightCallback):
     "Take the means of the epoch."
-    if self.this_fit is not None: self.this_fit.means = self.this_fit.epoch.means()
+    if self.this_fit is None: return
+    self.this_fit.means = self.this_fit.epoch.means()
+    if self.record: self.record_of_items.note_epoch(self.epoch, dict(zip(Epoch.names, self.this_fit.means)))
 
 @patch
 def after_validate(self:MetaReweightCallback):

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 from fastai.callback.core import CancelFitException
 from fastai.callback.rnn import RNNCallback
+from fastai.data.load import DataLoader
 from fastai.optimizer import Optimizer
 from fastai.torch_core import one_param
 from fastcore.basics import patch
@@ -157,11 +158,12 @@ class _Left(dict):
 # %% ../nbs/10_fit.ipynb #1e085829
 class Checkpoint:
     "A few values, where `learn.save` and `learn.load` find them."
-    key = 'meta_reweight' # in the state of a parameter
+    keys = 'meta_reweight','meta_reweight_items' # in the state of a parameter: what a fit needs, and what was seen of items
     def __init__(self,
         opt, # fastai's optimizer, of which `OptimWrapper` is one
         owner=None, # The callback whose values they are
-    ): self.opt,self.bare,self.owner = opt,bare_optimizer(opt),owner
+        key:str=keys[0], # One of `keys`
+    ): self.opt,self.bare,self.owner,self.key = opt,bare_optimizer(opt),owner,key
 
     def save(self,
         content:dict, # What is kept: values, or functions without arguments that give a value when a checkpoint is written
@@ -178,8 +180,9 @@ class Checkpoint:
         return {} if isinstance(left, _Left) and left.owner() is not self.owner else left
 
     def clear(self):
-        "Take it away."
-        for state in self.bare.state.values(): state.pop(self.key, None)
+        "Take all of it away."
+        for state in self.bare.state.values():
+            for key in self.keys: state.pop(key, None)
 
 # %% ../nbs/10_fit.ipynb #1825658e
 class Fit:
@@ -232,15 +235,20 @@ class Fit:
         "Go on with the seed and the state of the fit that is resumed, if it is."
         memory = Checkpoint(self.learn.opt, self.owner).load()
         resumed = self.learn.epoch > 0
-        self.record = memory.get('record') if resumed else None # of the items
+        self.record = Checkpoint(self.learn.opt, self.owner, Checkpoint.keys[1]).load().get('record') if resumed else None # of items
         self.seed = memory.get('seed', seed) if resumed else seed
         if hasattr(self.weigher, 'prepare'): self.weigher.prepare(self.device, self.seed)
         if not self.searching: self.weigher.load(memory, self.n_items, resumed)
 
     def state(self)->dict: # For `Checkpoint.save`
         "What a checkpoint keeps."
-        record = dict(record=self.owner.record_of_items.state) if self.owner.record else {}
-        return dict(seed=self.seed) | record | self.weigher.state()
+        return dict(seed=self.seed) | self.weigher.state()
+
+    def save(self):
+        "Leave what a resumed fit needs where `learn.save` finds it, and what was seen of the items."
+        opt,owner = self.learn.opt,self.owner
+        Checkpoint(opt, owner).save(self.state())
+        if owner.record: Checkpoint(opt, owner, Checkpoint.keys[1]).save(dict(record=owner.record_of_items.state))
 
     def find_meta_dl(self): # A loader
         "The trusted loader; raises `ValueError` if there is none."
@@ -377,7 +385,8 @@ def begin_epoch(self:Fit,
     if self.items is not None: self.items.close()
     if self.mixing is not None: self.mixing.close()
     self.items,self.mixing = BatchItems(self.learn.dls.train),Mixing(self.learn.cbs if self.owner.record else ())
-    if self.owner.record and self.items.why and not self.searching and not self.warned:
+    fastai = isinstance(self.learn.dls.train, DataLoader) # of another loader, nobody expects that it tells its items
+    if self.owner.record and self.items.why and fastai and not self.searching and not self.warned:
         self.warned = True
         warnings.warn(f'nothing will be known of single training items (item_weights, MetaInterpretation): {self.items.why}. '
             'Pass record=False if you do not need it.')
@@ -532,7 +541,7 @@ def check_finite(self:Fit,
         f'{step.describe()}: the alignments of its item(s) {bad} with {self.describe_trusted()} are NaN or infinite, '
         'although the model and both batches are finite. Does the loss, or a layer, overflow or divide by zero?')
 
-# %% ../nbs/10_fit.ipynb #692300a5
+# %% ../nbs/10_fit.ipynb #a949bbba
 @patch
 def before_plain_pass(self:Fit):
     "Begin a step of plain training."

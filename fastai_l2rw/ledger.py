@@ -220,7 +220,7 @@ class BatchItems:
             if worker is not None: self._board.end(worker.id, heard.n)
         finally: heard.live = False
 
-# %% ../nbs/09_ledger.ipynb #465e39cd
+# %% ../nbs/09_ledger.ipynb #b6220fb0
 class _Draws(TorchFunctionMode):
     "Notes what `torch.randperm` gives."
     def __init__(self):
@@ -281,7 +281,7 @@ class _Listener:
         known = len(orders) == 1 and len(draws.orders) == 1
         self.found.append((type(mixer).__name__, orders[0] if known else None, torch.as_tensor(mixer.lam)))
 
-# %% ../nbs/09_ledger.ipynb #00f17ef6
+# %% ../nbs/09_ledger.ipynb #b7da385a
 def credited(
     values:Tensor, # One for each item of a batch, shape (n,)
     order:Tensor, # Place of each item's partner in the batch, shape (n,), each place once
@@ -321,7 +321,7 @@ def _whole_number(name, value, least):
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f'{name}={value!r} must be a whole number, {least} or more')
 
-# %% ../nbs/09_ledger.ipynb #f09314fb
+# %% ../nbs/09_ledger.ipynb #3e7ca01f
 @torch.no_grad()
 def evidence_of(
     output:Tensor, # What the loss function was given of the model's
@@ -344,7 +344,7 @@ def evidence_of(
 
 _whole_dtypes = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
-# %% ../nbs/09_ledger.ipynb #9a9f3d1a
+# %% ../nbs/09_ledger.ipynb #0389ebec
 class _Means:
     "Plain and exponential means of a column over the visits of each item."
     dtypes = dict(sums=torch.float64, visits=torch.int32, recent=torch.float32, mass=torch.float32)
@@ -399,7 +399,7 @@ def _by_item(items):
     unique,counts = items[order].unique_consecutive(return_counts=True)
     return unique,counts,order
 
-# %% ../nbs/09_ledger.ipynb #c4a109b4
+# %% ../nbs/09_ledger.ipynb #a667266b
 class Ledger:
     "What was seen of each training item: how often, with which weights; raises `ValueError` for numbers that can't be."
     _room = 64 # number of batches that are counted at once, so that weights on a GPU need not be waited for in each step
@@ -614,8 +614,8 @@ class Ledger:
 class ItemLedger(Callback):
     "Keeps what was seen of each training item in the last fit, for the callback that computes the weights."
     order,run_valid = -90,False # once that has put the weighted loss in its place, at -100
-    _stateattrs = ('ledger',) # is not exported
-    ledger = None
+    _stateattrs = ('ledger','figures') # are not exported
+    ledger,figures = None,{}
     def __init__(self,
         reweight:Callback, # The owner, whose `step` has `weights` and `items`, each or None; it may have `why`, `seen` and `mixed`
         keep:int=10, # Number of epochs, counted from the end, that can be looked at by themselves
@@ -631,15 +631,29 @@ class ItemLedger(Callback):
     ):
         "Begin a new record, or go on with that of a fit that is resumed; but not if this is a search for a learning rate."
         if self._searching(): return
-        before,self.ledger = state() if callable(state) else state,Ledger(n_items, self.keep)
-        if not before or before['steps'].shape[1] != n_items: return
-        if max(before['epochs'].tolist(), default=0) <= epoch: self.ledger.load(before)
+        before = state() if callable(state) else state
+        self.ledger,self.figures = Ledger(n_items, self.keep),{}
+        if not before or before['steps'].shape[1] != n_items or max(before['epochs'].tolist(), default=0) > epoch: return
+        self.ledger.load(before)
+        columns = {k.removeprefix('figures:'): v.tolist() for k,v in before.items() if k.startswith('figures:')}
+        self.figures = {int(o.pop('epoch')): o for o in pd.DataFrame(columns).to_dict('records')}
 
     def begin_epoch(self,
         epoch:int, # Its number
     ):
         "Count what follows for this epoch."
         if self.ledger is not None and not self._searching(): self.ledger.begin_epoch(epoch)
+
+    def note_epoch(self,
+        epoch:int, # Its number
+        figures:dict, # Numbers by name
+    ):
+        "Keep the figures of an epoch that has ended."
+        if self.ledger is not None and not self._searching(): self.figures[epoch] = figures
+
+    def epoch_figures(self)->pd.DataFrame: # A row for each epoch of the last fit, a column for each figure
+        "What was noted of whole epochs."
+        return pd.DataFrame.from_dict(self.figures, orient='index').rename_axis('epoch')
 
     def after_loss(self):
         "Add what was seen in the step."
@@ -669,7 +683,9 @@ class ItemLedger(Callback):
 
     def state(self)->dict: # For `begin_fit`; empty if there is none
         "What a checkpoint keeps."
-        return {} if self.ledger is None else self.ledger.state()
+        if self.ledger is None: return {}
+        figures = {f'figures:{k}': torch.tensor(v.to_numpy()) for k,v in self.epoch_figures().reset_index().items()}
+        return self.ledger.state() | figures
 
     def _searching(self):
         "Is this a search for a learning rate?"
