@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['item_sources', 'self_confidence', 'MetaInterpretation', 'Explanation']
 
-# %% ../nbs/15_interpret.ipynb #9e442a46
+# %% ../nbs/15_interpret.ipynb #a343e944
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 
 import numpy as np, pandas as pd, torch
@@ -24,6 +24,7 @@ from fastai.tabular.core import TabularPandas
 from fastai.torch_core import show_image, to_device
 from fastai.vision.data import get_grid
 from fastcore.basics import patch
+from fastcore.foundation import L
 
 from .callback import MetaReweightCallback
 from .data.core import item_labels, label_vocab, listed
@@ -35,7 +36,7 @@ from .losses import LearnerLosses
 from .reweight import meta_gradient
 from .trusted import plain_tensors
 
-# %% ../nbs/15_interpret.ipynb #9f7ed173
+# %% ../nbs/15_interpret.ipynb #9431a099
 def item_sources(
     ds, # A data set of any kind
 )->list: # One for each item
@@ -64,7 +65,7 @@ def _targets(ds):
     single = all(isinstance(o, (int, float, np.number)) or isinstance(o, Tensor) and o.numel() == 1 for o in ys)
     return [float(o) for o in ys] if single else [None]*len(ys)
 
-# %% ../nbs/15_interpret.ipynb #cf09a7ff
+# %% ../nbs/15_interpret.ipynb #8344eb7c
 def self_confidence(
     evidence:pd.DataFrame, # As `Ledger.item_evidence` gives it
 )->pd.Series: # By position, from 0 (suspicious) to 1
@@ -72,7 +73,7 @@ def self_confidence(
     if 'log_prob_recent' in evidence: return np.exp(evidence.log_prob_recent).rename('label_quality')
     return evidence.loss_recent.rank(pct=True, ascending=False, method='max').rename('label_quality')
 
-# %% ../nbs/15_interpret.ipynb #9d683654
+# %% ../nbs/15_interpret.ipynb #3bc61fa1
 class MetaInterpretation:
     "What was seen of each training item in the last fit of a `Learner` with a `MetaReweightCallback`."
     def __init__(self,
@@ -131,8 +132,9 @@ class MetaInterpretation:
         df = pd.DataFrame(dict(source=item_sources(self.dataset)), index=pd.RangeIndex(self.ledger.n_items, name='item'))
         if 'label' in evidence:
             label,suggested = [pd.Series(self.class_names(evidence[o]), evidence.index, dtype=object) for o in ('label','suggested')]
-            unseen = len(evidence) < len(df) and pd.Series(_targets(self.dataset), df.index, dtype=object)
-            df['label'] = label.reindex(df.index) if unseen is False else label.reindex(df.index).fillna(unseen.map(str, na_action='ignore'))
+            df['label'] = label.reindex(df.index)
+            unseen = df.index.difference(evidence.index)
+            if len(unseen): df.loc[unseen, 'label'] = self._labels_without_visits(unseen)
             df['predicted'] = label.where(evidence.agrees > 0, suggested)
             df['suggested'] = suggested
         else: df['label'] = _targets(self.dataset)
@@ -143,6 +145,12 @@ class MetaInterpretation:
         df['visits'] = evidence.visits.reindex(df.index, fill_value=0)
         df['label_quality'] = self.label_quality()
         return df if by is None else self._sorted(df, by)
+
+    def _labels_without_visits(self, items):
+        "Labels of items that were never visited, in the form of those that were."
+        targets = np.array(_targets(self.dataset), dtype=object)[items]
+        as_others = int if self.vocab is None else str
+        return pd.Series([None if o is None else as_others(o) for o in targets], items, dtype=object)
 
     def _weights(self):
         "How the items were weighed; nothing after plain training alone."
@@ -177,14 +185,15 @@ class MetaInterpretation:
             df = df[df.label == label]
         return df.groupby('label', sort=True)[df.columns.tolist()].head(n).sort_values('label', kind='stable') if per_class else df.head(n)
 
-# %% ../nbs/15_interpret.ipynb #d551a3cb
+# %% ../nbs/15_interpret.ipynb #b6adfb4d
 def _as_image(x):
     "Is this an image, or a tensor that can be shown as one?"
     if isinstance(x, Tensor): return x.ndim == 3 and x.shape[0] in (1, 3) and (x.is_floating_point() or x.dtype is torch.uint8)
     return isinstance(x, Image)
 
 def _input_of(ds, i):
-    "The input of an item."
+    "The input of an item; of a row of a table, the row as a dictionary."
+    if isinstance(ds, TabularPandas): return ds.new(ds.items.iloc[[i]]).decode().items.iloc[0].to_dict()
     item = ds[i]
     return item[0] if isinstance(item, (tuple, list)) else item
 
@@ -197,13 +206,14 @@ def _show_on(ax, x, title):
 
 def _in_words(ds, i, most):
     "The input of an item as a dictionary of texts and numbers."
-    if isinstance(ds, TabularPandas): return ds.new(ds.items.iloc[[i]]).decode().items.iloc[0].to_dict()
     x = _input_of(ds, i)
+    if isinstance(x, dict): return x
     if isinstance(ds, Datasets): x = ds.tls[0].decode(x)
-    text = ' '.join(str(x).split())
+    tokens = isinstance(x, (list, tuple, L)) and all(isinstance(o, str) for o in x)
+    text = ' '.join((' '.join(x) if tokens else str(x)).split())
     return dict(input=text if len(text) <= most else text[:most - 1] + '…')
 
-# %% ../nbs/15_interpret.ipynb #7b5760d1
+# %% ../nbs/15_interpret.ipynb #8b733347
 def _title(row):
     "Given and suggested label of an item, and its figures, over an image."
     suggested = row.get('suggested')
@@ -231,7 +241,7 @@ def show_label_issues(self:MetaInterpretation,
     for ax,(i,row) in zip(axs, issues.iterrows()): _show_on(ax, _input_of(ds, i), f'item {i}: {_title(row)}')
     return axs
 
-# %% ../nbs/15_interpret.ipynb #d20cf468
+# %% ../nbs/15_interpret.ipynb #3b1912bf
 _parts = 'train','valid','meta','test'
 
 def _checked_positions(name, positions, n):
@@ -276,7 +286,7 @@ def drop_or_relabel(self:MetaInterpretation,
         parts.append(df)
     return pd.concat(parts, ignore_index=not isinstance(self.dataset, TabularPandas))
 
-# %% ../nbs/15_interpret.ipynb #cb0abd0e
+# %% ../nbs/15_interpret.ipynb #dc2479c5
 @patch
 def cleaner(self:MetaInterpretation,
     max_n:int=30, # Number of images of a class
@@ -304,7 +314,7 @@ def from_cleaner(self:MetaInterpretation,
     at = lambda i: position[str(cleaner.fns[i])]
     return dict(drop=[at(i) for i in cleaner.delete()], relabel={at(i): o for i,o in cleaner.change()})
 
-# %% ../nbs/15_interpret.ipynb #ddde40ee
+# %% ../nbs/15_interpret.ipynb #6b211798
 _colours = '#0072B2','#D55E00','#009E73','#CC79A7','#56B4E9','#E69F00','#000000' # Okabe and Ito
 _markers = 'o','s','^','D','v','P','X','*'
 _lines = '-','--','-.',':'
@@ -414,7 +424,7 @@ def plot_quality(self:MetaInterpretation,
     ax.legend(loc='upper left', frameon=False)
     return ax
 
-# %% ../nbs/15_interpret.ipynb #90ec5f75
+# %% ../nbs/15_interpret.ipynb #66c2d18c
 @contextmanager
 def _evaluating(model):
     "Let a model be in evaluation mode, and put back the mode of each module."
@@ -456,14 +466,14 @@ def _batches_of(dl, bs=64):
     else:
         for i in range(0, len(dl.dataset), bs): yield _batch_of(dl, list(range(i, min(i + bs, len(dl.dataset)))))
 
-# %% ../nbs/15_interpret.ipynb #20e9b635
+# %% ../nbs/15_interpret.ipynb #44edebb3
 @dataclass
 class Explanation:
     "Which trusted examples, and which layers, speak for an item, and which against it."
     item:int # Its position in the training set
     alignment:float # With the gradient of the mean trusted loss; above 0 if learning from the item lowers that
-    trusted:pd.DataFrame # `pull` of each trusted example, which add up to the alignment, with `source` and `label`; the strongest first
-    layers:pd.Series # The part of each module with parameters, which add up to it, too
+    trusted:pd.DataFrame=field(repr=False) # `pull` of each trusted example, which add up to the alignment, with `source` and `label`; the strongest first
+    layers:pd.Series=field(repr=False) # The part of each module with parameters, which add up to it, too
 
 @patch
 def trusted_loader(self:MetaInterpretation): # Of fastai or PyTorch, or an iterable of batches
@@ -525,7 +535,7 @@ def _trusted_frame(self:MetaInterpretation, labels):
     names = self.class_names(labels.flatten().tolist()) if classes else [None]*len(labels)
     return pd.DataFrame(dict(source=source, label=names), index=pd.RangeIndex(len(labels), name='trusted'))
 
-# %% ../nbs/15_interpret.ipynb #d0697e85
+# %% ../nbs/15_interpret.ipynb #f2ce0707
 @patch
 def show_explain(self:MetaInterpretation,
     i:int, # Position of a training item

@@ -220,7 +220,7 @@ class BatchItems:
             if worker is not None: self._board.end(worker.id, heard.n)
         finally: heard.live = False
 
-# %% ../nbs/09_ledger.ipynb #b6220fb0
+# %% ../nbs/09_ledger.ipynb #a683e45b
 class _Draws(TorchFunctionMode):
     "Notes what `torch.randperm` gives."
     def __init__(self):
@@ -281,7 +281,7 @@ class _Listener:
         known = len(orders) == 1 and len(draws.orders) == 1
         self.found.append((type(mixer).__name__, orders[0] if known else None, torch.as_tensor(mixer.lam)))
 
-# %% ../nbs/09_ledger.ipynb #b7da385a
+# %% ../nbs/09_ledger.ipynb #84928ba4
 def credited(
     values:Tensor, # One for each item of a batch, shape (n,)
     order:Tensor, # Place of each item's partner in the batch, shape (n,), each place once
@@ -321,7 +321,7 @@ def _whole_number(name, value, least):
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f'{name}={value!r} must be a whole number, {least} or more')
 
-# %% ../nbs/09_ledger.ipynb #3e7ca01f
+# %% ../nbs/09_ledger.ipynb #d064ccef
 @torch.no_grad()
 def evidence_of(
     output:Tensor, # What the loss function was given of the model's
@@ -344,7 +344,7 @@ def evidence_of(
 
 _whole_dtypes = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
-# %% ../nbs/09_ledger.ipynb #0389ebec
+# %% ../nbs/09_ledger.ipynb #6fa9710e
 class _Means:
     "Plain and exponential means of a column over the visits of each item."
     dtypes = dict(sums=torch.float64, visits=torch.int32, recent=torch.float32, mass=torch.float32)
@@ -399,7 +399,7 @@ def _by_item(items):
     unique,counts = items[order].unique_consecutive(return_counts=True)
     return unique,counts,order
 
-# %% ../nbs/09_ledger.ipynb #a667266b
+# %% ../nbs/09_ledger.ipynb #5b20d553
 class Ledger:
     "What was seen of each training item: how often, with which weights; raises `ValueError` for numbers that can't be."
     _room = 64 # number of batches that are counted at once, so that weights on a GPU need not be waited for in each step
@@ -633,10 +633,11 @@ class ItemLedger(Callback):
         if self._searching(): return
         before = state() if callable(state) else state
         self.ledger,self.figures = Ledger(n_items, self.keep),{}
-        if not before or before['steps'].shape[1] != n_items or max(before['epochs'].tolist(), default=0) > epoch: return
-        self.ledger.load(before)
-        columns = {k.removeprefix('figures:'): v.tolist() for k,v in before.items() if k.startswith('figures:')}
-        self.figures = {int(o.pop('epoch')): o for o in pd.DataFrame(columns).to_dict('records')}
+        items = before['items'] if before else None
+        if items is None or items['steps'].shape[1] != n_items or max(items['epochs'].tolist(), default=0) > epoch: return
+        self.ledger.load(items)
+        rows = pd.DataFrame({k: v.tolist() for k,v in before['figures'].items()}).to_dict('records')
+        self.figures = {int(o.pop('epoch')): o for o in rows}
 
     def begin_epoch(self,
         epoch:int, # Its number
@@ -684,8 +685,8 @@ class ItemLedger(Callback):
     def state(self)->dict: # For `begin_fit`; empty if there is none
         "What a checkpoint keeps."
         if self.ledger is None: return {}
-        figures = {f'figures:{k}': torch.tensor(v.to_numpy()) for k,v in self.epoch_figures().reset_index().items()}
-        return self.ledger.state() | figures
+        figures = {k: torch.tensor(v.to_numpy()) for k,v in self.epoch_figures().reset_index().items()}
+        return dict(items=self.ledger.state(), figures=figures)
 
     def _searching(self):
         "Is this a search for a learning rate?"
