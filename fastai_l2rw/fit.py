@@ -541,7 +541,7 @@ def check_finite(self:Fit,
         f'{step.describe()}: the alignments of its item(s) {bad} with {self.describe_trusted()} are NaN or infinite, '
         'although the model and both batches are finite. Does the loss, or a layer, overflow or divide by zero?')
 
-# %% ../nbs/10_fit.ipynb #a949bbba
+# %% ../nbs/10_fit.ipynb #0363512d
 @patch
 def before_plain_pass(self:Fit):
     "Begin a step of plain training."

@@ -220,7 +220,7 @@ class BatchItems:
             if worker is not None: self._board.end(worker.id, heard.n)
         finally: heard.live = False
 
-# %% ../nbs/09_ledger.ipynb #a683e45b
+# %% ../nbs/09_ledger.ipynb #afcb7d72
 class _Draws(TorchFunctionMode):
     "Notes what `torch.randperm` gives."
     def __init__(self):
@@ -281,7 +281,7 @@ class _Listener:
         known = len(orders) == 1 and len(draws.orders) == 1
         self.found.append((type(mixer).__name__, orders[0] if known else None, torch.as_tensor(mixer.lam)))
 
-# %% ../nbs/09_ledger.ipynb #84928ba4
+# %% ../nbs/09_ledger.ipynb #e5d9c895
 def credited(
     values:Tensor, # One for each item of a batch, shape (n,)
     order:Tensor, # Place of each item's partner in the batch, shape (n,), each place once
@@ -321,7 +321,7 @@ def _whole_number(name, value, least):
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f'{name}={value!r} must be a whole number, {least} or more')
 
-# %% ../nbs/09_ledger.ipynb #d064ccef
+# %% ../nbs/09_ledger.ipynb #813a2cf0
 @torch.no_grad()
 def evidence_of(
     output:Tensor, # What the loss function was given of the model's
@@ -344,7 +344,7 @@ def evidence_of(
 
 _whole_dtypes = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
-# %% ../nbs/09_ledger.ipynb #6fa9710e
+# %% ../nbs/09_ledger.ipynb #07c47003
 class _Means:
     "Plain and exponential means of a column over the visits of each item."
     dtypes = dict(sums=torch.float64, visits=torch.int32, recent=torch.float32, mass=torch.float32)
@@ -399,7 +399,7 @@ def _by_item(items):
     unique,counts = items[order].unique_consecutive(return_counts=True)
     return unique,counts,order
 
-# %% ../nbs/09_ledger.ipynb #5b20d553
+# %% ../nbs/09_ledger.ipynb #81af572a
 class Ledger:
     "What was seen of each training item: how often, with which weights; raises `ValueError` for numbers that can't be."
     _room = 64 # number of batches that are counted at once, so that weights on a GPU need not be waited for in each step

@@ -5,7 +5,7 @@ import matplotlib; matplotlib.use('agg')
 import numpy as np, pandas as pd, pytest, torch
 from fastai.basics import (Callback, CategoryBlock, ColReader, DataBlock, DataLoaders, Datasets, Learner, RegressionBlock, SkipItemException, TfmdDL, TransformBlock, noop,
     set_seed)
-from fastai.callback.all import CSVLogger, CutMix, MixUp, ProgressCallback, SaveModelCallback
+from fastai.callback.all import CSVLogger, CutMix, MixUp, ProgressCallback, SaveModelCallback, WeightedDL
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.tabular.all import Categorify, Normalize, TabularPandas, tabular_learner
 from fastai.text.data import LMDataLoader
@@ -13,6 +13,7 @@ from fastai.vision.core import PILImage, PILImageBW
 from matplotlib import pyplot as plt
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader as TorchLoader, SubsetRandomSampler, TensorDataset
 
 from conftest import cnn, digits, images, labels, make_dls, meta, tensors, train, valid
 from fastai_l2rw.all import MetaInterpretation, MetaReweightCallback, MetaWeightNetCallback, PartSplitter
@@ -485,8 +486,10 @@ def test_the_cleaner_says_what_it_needs(make_learner, monkeypatch):
     monkeypatch.delitem(sys.modules, 'fastai.vision.widgets', raising=False)
     with pytest.raises(ImportError, match='the cleaner needs the package ipywidgets: pip install ipywidgets'): MetaInterpretation.from_learner(learn).cleaner()
 
-def test_the_cleaner(make_learner, tmp_path):
+def test_the_cleaner(make_learner, tmp_path, monkeypatch):
     pytest.importorskip('ipywidgets')
+    from IPython.display import display
+    from fastai.vision import widgets
     from fastai.vision.all import ImageBlock
     paths = [tmp_path/f'{i}.png' for i in range(len(labels))]
     for o,i in zip(paths, digits.images): PILImage.create(np.uint8(i*15.9)).save(o)
@@ -494,6 +497,8 @@ def test_the_cleaner(make_learner, tmp_path):
     learn = make_learner(MetaReweightCallback(), dls=block.dataloaders(paths, bs=16, num_workers=0), model=mlp())
     learn.fit(1)
     interp = MetaInterpretation.from_learner(learn)
+    with pytest.raises(RuntimeError, match='the cleaner needs a notebook'): interp.cleaner()
+    monkeypatch.setattr(widgets, 'display', display, raising=False)
     opened = interp.cleaner(max_n=3)
     assert [str(o) for o in opened.fns] == interp.label_issues(3, label='digit 0').source.tolist()
     for box,choice in zip(opened.iw.widget.children, ('<Delete>', 'digit 2', '<Keep>')): box.children[1].value = choice
@@ -550,6 +555,14 @@ def test_explanations_take_other_loaders_and_parameters(make_learner):
         b = whole.explain(2)
         np.testing.assert_allclose(b.trusted.sort_index().pull, a.trusted.sort_index().pull, rtol=1e-4, atol=1e-6)
         assert b.trusted.sort_index().label.tolist() == a.trusted.sort_index().label.tolist()
+    part = [1, 4, 9, 11]
+    own = learn.dls.loaders[0].new(learn.dls.loaders[2].dataset, get_idxs=lambda: part[::-1])
+    weighted = WeightedDL(learn.dls.loaders[2].dataset, bs=3, wgts=[float(i in part) for i in range(len(meta))], num_workers=0)
+    for loader in (own, weighted, TorchLoader(TensorDataset(x, y), 3, sampler=SubsetRandomSampler(part))): # those that are drawn, and no others
+        learn.meta_reweight.meta_dl = loader
+        b = whole.explain(2).trusted.sort_index()
+        assert b.index.tolist() == part
+        np.testing.assert_allclose(b.pull*4, a.trusted.pull[part]*len(meta), rtol=1e-4, atol=1e-6)
     learn.meta_reweight.meta_dl = [(x[:9], y[:9]), (x[9:], y[9:])]
     shown = whole.show_explain(2, n=1)
     assert shown['what'].tolist() == ['item', 'pulls up', 'pulls down'], 'batches alone can be named, but not shown'
