@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['item_sources', 'self_confidence', 'MetaInterpretation', 'Explanation']
 
-# %% ../nbs/15_interpret.ipynb #c501f297
+# %% ../nbs/15_interpret.ipynb #aad7c7b9
 import builtins
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
@@ -38,7 +38,7 @@ from .losses import LearnerLosses
 from .reweight import meta_gradient
 from .trusted import plain_tensors
 
-# %% ../nbs/15_interpret.ipynb #52295312
+# %% ../nbs/15_interpret.ipynb #14a5ebd7
 def item_sources(
     ds, # A data set of any kind
 )->list: # One for each item
@@ -67,7 +67,7 @@ def _targets(ds):
     single = all(isinstance(o, (int, float, np.number)) or isinstance(o, Tensor) and o.numel() == 1 for o in ys)
     return [float(o) for o in ys] if single else [None]*len(ys)
 
-# %% ../nbs/15_interpret.ipynb #003fe0a8
+# %% ../nbs/15_interpret.ipynb #e0c22515
 def self_confidence(
     evidence:pd.DataFrame, # As `Ledger.item_evidence` gives it
 )->pd.Series: # By position, from 0 (suspicious) to 1
@@ -75,7 +75,7 @@ def self_confidence(
     if 'log_prob_recent' in evidence: return np.exp(evidence.log_prob_recent).rename('label_quality')
     return evidence.loss_recent.rank(pct=True, ascending=False, method='max').rename('label_quality')
 
-# %% ../nbs/15_interpret.ipynb #ff43c799
+# %% ../nbs/15_interpret.ipynb #aa45b86c
 class MetaInterpretation:
     "What was seen of each training item in the last fit of a `Learner` with a `MetaReweightCallback`."
     def __init__(self,
@@ -90,6 +90,7 @@ class MetaInterpretation:
         others:Iterable[Ledger]=(), # Ledgers of other trainings on the same items, in the same order, to `merge`
     )->'MetaInterpretation': # Later fits don't change it
         "Take what the last fit has kept; raises `ValueError` where that is nothing, or not known of single items."
+        if not isinstance(learn, Learner): raise TypeError(f'learn is a {type(learn).__name__}, but must be a Learner')
         found = [cb for cb in learn.cbs if isinstance(cb, MetaReweightCallback)]
         if not found: raise ValueError(
             'learn has no MetaReweightCallback, which keeps what is seen of each item: train with cbs=MetaReweightCallback(meta_dl) in the '
@@ -120,6 +121,18 @@ class MetaInterpretation:
         vocab = self.vocab
         return [None if i < 0 else int(i) if vocab is None else str(vocab[int(i)]) for i in labels]
 
+    def classes(self)->pd.Series|None: # By position, names of classes, or their numbers where there are no names; `None` without classes
+        "The label of each training item, as it was in the training if that came by."
+        evidence,names = self.ledger.item_evidence(),self.vocab is not None
+        seen = evidence.get('label', pd.Series(dtype=int))
+        if not names and not len(seen): return None # numbers to predict, say, or several labels for an item
+        all_items = pd.RangeIndex(self.ledger.n_items, name='item')
+        found = pd.Series(self.class_names(seen), seen.index, dtype=object).reindex(all_items)
+        if len(seen) == len(found): return found
+        as_others = str if names else int
+        targets = pd.Series([None if o is None else as_others(o) for o in _targets(self.dataset)], all_items, dtype=object)
+        return found.where(found.index.isin(seen.index), targets)
+
     def label_quality(self)->pd.Series: # By position, from 0 (suspicious) to 1
         "How far each label can be believed: what the callback's `label_quality` tells, if it has one, or else `self_confidence`."
         ask = getattr(self.reweight, 'label_quality', None)
@@ -132,14 +145,12 @@ class MetaInterpretation:
         "A row for each item: what it is, what the model said of its label, how it was weighed; raises `ValueError` for another `by`."
         evidence = self.ledger.item_evidence()
         df = pd.DataFrame(dict(source=item_sources(self.dataset)), index=pd.RangeIndex(self.ledger.n_items, name='item'))
-        if 'label' in evidence:
-            label,suggested = [pd.Series(self.class_names(evidence[o]), evidence.index, dtype=object) for o in ('label','suggested')]
-            df['label'] = label.reindex(df.index)
-            unseen = df.index.difference(evidence.index)
-            if len(unseen): df.loc[unseen, 'label'] = self._labels_without_visits(unseen)
-            df['predicted'] = label.where(evidence.agrees > 0, suggested)
+        classes = self.classes()
+        df['label'] = _targets(self.dataset) if classes is None else classes
+        if 'suggested' in evidence:
+            suggested = pd.Series(self.class_names(evidence.suggested), evidence.index, dtype=object)
+            df['predicted'] = df.label[evidence.index].where(evidence.agrees > 0, suggested)
             df['suggested'] = suggested
-        else: df['label'] = _targets(self.dataset)
         for o in ('loss','log_prob','margin'):
             if o in evidence: df[o] = evidence[o]
         weights = self._weights()
@@ -147,12 +158,6 @@ class MetaInterpretation:
         df['visits'] = evidence.visits.reindex(df.index, fill_value=0)
         df['label_quality'] = self.label_quality()
         return df if by is None else self._sorted(df, by)
-
-    def _labels_without_visits(self, items):
-        "Labels of items that were never visited, in the form of those that were."
-        targets = np.array(_targets(self.dataset), dtype=object)[items]
-        as_others = int if self.vocab is None else str
-        return pd.Series([None if o is None else as_others(o) for o in targets], items, dtype=object)
 
     def _weights(self):
         "How the items were weighed; nothing after plain training alone."
@@ -179,7 +184,7 @@ class MetaInterpretation:
         if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f'n={n!r} must be a number of items, 1 or more')
         df = self.table(by)
         df = df[df.visits > 0]
-        if (label is not None or per_class) and 'suggested' not in df: raise ValueError(
+        if (label is not None or per_class) and self.classes() is None: raise ValueError(
             'the items have no classes: leave label=None and per_class=False')
         if label is not None:
             names = sorted(set(df.label.dropna()), key=str)
@@ -188,7 +193,7 @@ class MetaInterpretation:
             df = df[df.label == label]
         return df.groupby('label', sort=True)[df.columns.tolist()].head(n).sort_values('label', kind='stable') if per_class else df.head(n)
 
-# %% ../nbs/15_interpret.ipynb #59790233
+# %% ../nbs/15_interpret.ipynb #e5d8a107
 def _as_image(x):
     "Is this an image, or a tensor that can be shown as one?"
     if isinstance(x, Tensor): return x.ndim == 3 and x.shape[0] in (1, 3) and (x.is_floating_point() or x.dtype is torch.uint8)
@@ -202,9 +207,9 @@ def _input_of(ds, i):
 
 def _show_on(ax, x, title):
     "An image on axes."
-    if isinstance(x, Tensor): x = x.detach().cpu().as_subclass(Tensor)
-    options = dict(cmap='gray') if isinstance(x, Tensor) and x.shape[0] == 1 or getattr(x, 'mode', '') in ('L', '1') else {}
-    show_image(x, ctx=ax, **options)
+    if isinstance(x, Tensor): x = x.detach().cpu().as_subclass(Tensor).permute(1, 2, 0).numpy()
+    grey = isinstance(x, np.ndarray) and x.shape[-1] == 1 or getattr(x, 'mode', '') in ('L', '1')
+    show_image(x, ctx=ax, **dict(cmap='gray') if grey else {})
     ax.set_title(title, fontsize='small')
 
 def _in_words(ds, i, most):
@@ -216,7 +221,7 @@ def _in_words(ds, i, most):
     text = ' '.join((' '.join(x) if tokens else str(x)).split())
     return dict(input=text if len(text) <= most else text[:most - 1] + '…')
 
-# %% ../nbs/15_interpret.ipynb #77ceae34
+# %% ../nbs/15_interpret.ipynb #17f7f592
 def _title(row):
     "Given and suggested label of an item, and its figures, over an image."
     suggested = row.get('suggested')
@@ -232,7 +237,7 @@ def show_label_issues(self:MetaInterpretation,
     max_len:int=150, # Number of characters of a text that are shown
     **kwargs, # For fastai's `get_grid`, such as `figsize` and `ncols`
 )->list[Axes]|pd.DataFrame: # The axes with images; for other items a table
-    "Show the items whose labels are the most suspicious, with the label as it is and the one that the model suggests."
+    "Show the items whose labels are the most suspicious, with the label as it is and the suggested one, if there is one (not with MixUp)."
     issues,ds = self.label_issues(n, label, per_class, by),self.dataset
     if not _as_image(_input_of(ds, issues.index[0])):
         rows = [dict(label=r.label, suggested=r.get('suggested'), label_quality=r.label_quality) | _in_words(ds, i, max_len)
@@ -244,7 +249,7 @@ def show_label_issues(self:MetaInterpretation,
     for ax,(i,row) in zip(axs, issues.iterrows()): _show_on(ax, _input_of(ds, i), f'item {i}: {_title(row)}')
     return axs
 
-# %% ../nbs/15_interpret.ipynb #594467f0
+# %% ../nbs/15_interpret.ipynb #716a5bb1
 _parts = 'train','valid','meta','test'
 
 def _checked_positions(name, positions, n):
@@ -287,9 +292,10 @@ def drop_or_relabel(self:MetaInterpretation,
             for i,o in relabel.items(): labels[i] = o if vocab is None else vocab[names.index(str(o))]
             df = df.assign(label=labels).iloc[np.setdiff1d(np.arange(len(df)), drop)]
         parts.append(df)
-    return pd.concat(parts, ignore_index=not isinstance(self.dataset, TabularPandas))
+    tables = isinstance(getattr(self.dataset, 'items', None), pd.DataFrame)
+    return pd.concat(parts, ignore_index=not tables or isinstance(self.dataset, TabularPandas))
 
-# %% ../nbs/15_interpret.ipynb #741ccc0a
+# %% ../nbs/15_interpret.ipynb #8c0ff88f
 @patch
 def cleaner(self:MetaInterpretation,
     max_n:int=30, # Number of images of a class
@@ -319,7 +325,7 @@ def from_cleaner(self:MetaInterpretation,
     at = lambda i: position[str(cleaner.fns[i])]
     return dict(drop=[at(i) for i in cleaner.delete()], relabel={at(i): o for i,o in cleaner.change()})
 
-# %% ../nbs/15_interpret.ipynb #5e46d99f
+# %% ../nbs/15_interpret.ipynb #d3989d6a
 _colours = '#0072B2','#D55E00','#009E73','#CC79A7','#56B4E9','#E69F00','#000000' # Okabe and Ito
 _markers = 'o','s','^','D','v','P','X','*'
 _lines = '-','--','-.',':'
@@ -332,9 +338,8 @@ def _style(i): return dict(color=_colours[i % 7], marker=_markers[i % 8], linest
 
 def _by_class(self, weights):
     "Sum of weights and number of steps of each class, among items with these weights."
-    labels = self.ledger.item_evidence().get('label')
-    if labels is None: raise ValueError('the items have no classes (one label each), so there is nothing to plot class by class')
-    names = pd.Series(self.class_names(labels), labels.index, dtype=object)
+    names = self.classes()
+    if names is None: raise ValueError('the items have no classes (one label each), so there is nothing to plot class by class')
     df = pd.DataFrame(dict(mass=weights.weight*weights.steps, steps=weights.steps))
     return df.groupby(names.reindex(df.index)).sum().rename_axis('class')
 
@@ -430,7 +435,7 @@ def plot_quality(self:MetaInterpretation,
     ax.legend(loc='upper left', frameon=False)
     return ax
 
-# %% ../nbs/15_interpret.ipynb #f82d9c75
+# %% ../nbs/15_interpret.ipynb #3f8da1a5
 @contextmanager
 def _evaluating(model):
     "Let a model be in evaluation mode, and put back the mode of each module."
@@ -483,7 +488,7 @@ def _batches_of(dl, positions, bs=64):
     else:
         for i in range(0, len(positions), bs): yield _batch_of(dl, positions[i:i + bs])
 
-# %% ../nbs/15_interpret.ipynb #8aca0093
+# %% ../nbs/15_interpret.ipynb #bac01a85
 @dataclass
 class Explanation:
     "Which trusted examples, and which layers, speak for an item, and which against it."
@@ -554,7 +559,7 @@ def _trusted_frame(self:MetaInterpretation, labels, positions):
     names = self.class_names(labels.flatten().tolist()) if classes else [None]*len(labels)
     return pd.DataFrame(dict(source=source, label=names), index=pd.Index(positions, name='trusted'))
 
-# %% ../nbs/15_interpret.ipynb #493efc6c
+# %% ../nbs/15_interpret.ipynb #164a6a09
 @patch
 def show_explain(self:MetaInterpretation,
     i:int, # Position of a training item

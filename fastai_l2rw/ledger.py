@@ -220,7 +220,7 @@ class BatchItems:
             if worker is not None: self._board.end(worker.id, heard.n)
         finally: heard.live = False
 
-# %% ../nbs/09_ledger.ipynb #afcb7d72
+# %% ../nbs/09_ledger.ipynb #339a0da3
 class _Draws(TorchFunctionMode):
     "Notes what `torch.randperm` gives."
     def __init__(self):
@@ -281,7 +281,7 @@ class _Listener:
         known = len(orders) == 1 and len(draws.orders) == 1
         self.found.append((type(mixer).__name__, orders[0] if known else None, torch.as_tensor(mixer.lam)))
 
-# %% ../nbs/09_ledger.ipynb #e5d9c895
+# %% ../nbs/09_ledger.ipynb #6d62fea9
 def credited(
     values:Tensor, # One for each item of a batch, shape (n,)
     order:Tensor, # Place of each item's partner in the batch, shape (n,), each place once
@@ -321,7 +321,7 @@ def _whole_number(name, value, least):
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f'{name}={value!r} must be a whole number, {least} or more')
 
-# %% ../nbs/09_ledger.ipynb #813a2cf0
+# %% ../nbs/09_ledger.ipynb #9e7faf5c
 @torch.no_grad()
 def evidence_of(
     output:Tensor, # What the loss function was given of the model's
@@ -344,7 +344,7 @@ def evidence_of(
 
 _whole_dtypes = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
-# %% ../nbs/09_ledger.ipynb #07c47003
+# %% ../nbs/09_ledger.ipynb #ed9a8c57
 class _Means:
     "Plain and exponential means of a column over the visits of each item."
     dtypes = dict(sums=torch.float64, visits=torch.int32, recent=torch.float32, mass=torch.float32)
@@ -352,20 +352,15 @@ class _Means:
         self.decay = decay
         for name,dtype in self.dtypes.items(): setattr(self, name, torch.zeros(n, dtype=dtype))
 
-    def add(self, items, values):
-        "Add visits, any item more than once, in their order."
-        seen = ~values.isnan()
-        items,values = items[seen],values[seen].double()
-        unique,counts,order = _by_item(items)
-        place = torch.arange(len(unique)).repeat_interleave(counts)
-        later = counts.cumsum(0)[place] - 1 - torch.arange(len(items)) # number of visits of the same item that come after this one
-        share = (1 - self.decay)*self.decay**later.double()
-        for name,new in (('recent', share*values[order]), ('mass', share)):
+    def add(self, visits, values):
+        "Add visits of items, with a value for each."
+        values = values[visits.order].double()
+        share = (1 - self.decay)*self.decay**visits.later
+        kept = self.decay**visits.counts # of what was there before
+        for name,new,kept in (('recent', share*values, kept), ('mass', share, kept), ('sums', values, 1)):
             total = getattr(self, name)
-            old = total[unique]*self.decay**counts
-            total[unique] = old.double().index_add(0, place, new).to(total.dtype)
-        self.sums.index_add_(0, items, values)
-        self.visits.index_add_(0, items, torch.ones_like(items, dtype=torch.int32))
+            total[visits.items] = (total[visits.items]*kept).double().index_add(0, visits.place, new).to(total.dtype)
+        self.visits[visits.items] += visits.counts.to(torch.int32)
 
     def merge(self, other):
         "Add another one to this."
@@ -380,12 +375,9 @@ class _Last:
     dtypes = dict(last=torch.int32)
     def __init__(self, n, decay=None): self.last = torch.full((n,), -1, dtype=torch.int32)
 
-    def add(self, items, values):
-        "Add visits, any item more than once, in their order."
-        seen = ~values.isnan()
-        items,values = items[seen],values[seen]
-        unique,counts,order = _by_item(items)
-        self.last[unique] = values[order][counts.cumsum(0) - 1].to(torch.int32)
+    def add(self, visits, values):
+        "Add visits of items, with a value for each."
+        self.last[visits.items] = values[visits.order][visits.counts.cumsum(0) - 1].to(torch.int32)
 
     def merge(self, other):
         "Take what another one has."
@@ -393,13 +385,15 @@ class _Last:
 
     def columns(self, name): return {name: self.last}
 
-def _by_item(items):
-    "The different items, how often each is there, and what puts the visits in the order of the items."
-    order = items.argsort(stable=True)
-    unique,counts = items[order].unique_consecutive(return_counts=True)
-    return unique,counts,order
+class _Visits:
+    "Visits of items in their order, any item more than once, put in the order of the items."
+    def __init__(self, items):
+        self.order = items.argsort(stable=True)
+        self.items,self.counts = items[self.order].unique_consecutive(return_counts=True)
+        self.place = torch.arange(len(self.items)).repeat_interleave(self.counts) # of each visit's item
+        self.later = (self.counts.cumsum(0)[self.place] - 1 - torch.arange(len(items))).double() # number of later visits of the same item
 
-# %% ../nbs/09_ledger.ipynb #81af572a
+# %% ../nbs/09_ledger.ipynb #e2731dea
 class Ledger:
     "What was seen of each training item: how often, with which weights; raises `ValueError` for numbers that can't be."
     _room = 64 # number of batches that are counted at once, so that weights on a GPU need not be waited for in each step
@@ -469,7 +463,11 @@ class Ledger:
         items,values = torch.cat([o for o,_ in self._pending]),torch.cat([o for _,o in self._pending], 1)
         self._pending = []
         weights,*columns = values.cpu()
-        for o,column in zip(self._seen.values(), columns): o.add(items, column)
+        all_visits = _Visits(items) if columns else None
+        for o,column in zip(self._seen.values(), columns):
+            seen = ~column.isnan()
+            if seen.all(): o.add(all_visits, column)
+            elif seen.any(): o.add(_Visits(items[seen]), column[seen])
         weighed = ~weights.isnan()
         if not weighed.any(): return
         if self._epoch not in self._tallies: self._tallies[self._epoch] = _Tally(self.n_items)

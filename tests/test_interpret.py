@@ -155,6 +155,12 @@ def test_both_partners_of_a_mixed_batch(make_learner, mix, start):
     interp = MetaInterpretation.from_learner(learn)
     assert 'suggested' not in interp.table() and interp.table().loss.notna().sum() == len(got), 'what a model says of a mixture is no evidence of a label'
     assert all('before_batch' not in vars(cb) for cb in learn.cbs)
+    names = pd.Series([f'digit {labels[i]}' for i in train])
+    mass,steps = by_item.weight.sum().groupby(names).sum(),by_item.step.sum().groupby(names).sum()
+    np.testing.assert_allclose(interp.class_mass().weights, (mass/mass.sum())[interp.class_mass().index], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(interp.class_mass().data, (steps/steps.sum())[interp.class_mass().index])
+    assert set(interp.label_issues(2, label='digit 1').label) == {'digit 1'}
+    assert interp.show_label_issues(1)[0].get_title().count('\n') == 1, 'label and quality, no suggestion'
 
 def test_a_second_fit_begins_anew_and_runs_can_be_merged(make_learner):
     learn,spy = trained(make_learner)
@@ -241,6 +247,7 @@ def test_wrong_input(make_learner):
     with pytest.raises(ValueError, match='learn.dls.train has 5 items, and what was kept is of 80'): MetaInterpretation.from_learner(learn)
 
 def test_learners_that_have_nothing_to_tell(make_learner):
+    with pytest.raises(TypeError, match='learn is a DataLoaders, but must be a Learner'): MetaInterpretation.from_learner(make_dls())
     with pytest.raises(ValueError, match='learn has no MetaReweightCallback'): MetaInterpretation.from_learner(make_learner())
     with pytest.raises(ValueError, match='train first'): MetaInterpretation.from_learner(make_learner(MetaReweightCallback()))
     learn = make_learner(MetaReweightCallback(record=False)); learn.fit(1)
@@ -340,7 +347,8 @@ def test_texts(tmp_path):
     assert all(rows.text[i].startswith(o.rstrip('…')) for i,o in shown.input.items())
     why = interp.explain(0)
     assert len(why.trusted) == 10 and why.trusted.pull.sum() == pytest.approx(why.alignment, abs=1e-5)
-    assert interp.drop_or_relabel([1], {0: 'bad'}).query("part == 'train'").label.tolist() == ['bad', *rows.kind[2:60]]
+    fixed = interp.drop_or_relabel([1], {0: 'bad'})
+    assert fixed.query("part == 'train'").label.tolist() == ['bad', *rows.kind[2:60]] and fixed.index.tolist() == [0, *range(2, 80)]
 
 def test_numbers_to_predict(tmp_path):
     set_seed(0)
