@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['item_sources', 'self_confidence', 'MetaInterpretation', 'Explanation']
 
-# %% ../nbs/15_interpret.ipynb #aad7c7b9
+# %% ../nbs/15_interpret.ipynb #6407b892
 import builtins
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
@@ -38,7 +38,7 @@ from .losses import LearnerLosses
 from .reweight import meta_gradient
 from .trusted import plain_tensors
 
-# %% ../nbs/15_interpret.ipynb #14a5ebd7
+# %% ../nbs/15_interpret.ipynb #e0411cff
 def item_sources(
     ds, # A data set of any kind
 )->list: # One for each item
@@ -67,7 +67,7 @@ def _targets(ds):
     single = all(isinstance(o, (int, float, np.number)) or isinstance(o, Tensor) and o.numel() == 1 for o in ys)
     return [float(o) for o in ys] if single else [None]*len(ys)
 
-# %% ../nbs/15_interpret.ipynb #e0c22515
+# %% ../nbs/15_interpret.ipynb #6f3df0ae
 def self_confidence(
     evidence:pd.DataFrame, # As `Ledger.item_evidence` gives it
 )->pd.Series: # By position, from 0 (suspicious) to 1
@@ -75,7 +75,7 @@ def self_confidence(
     if 'log_prob_recent' in evidence: return np.exp(evidence.log_prob_recent).rename('label_quality')
     return evidence.loss_recent.rank(pct=True, ascending=False, method='max').rename('label_quality')
 
-# %% ../nbs/15_interpret.ipynb #aa45b86c
+# %% ../nbs/15_interpret.ipynb #0e2ee762
 class MetaInterpretation:
     "What was seen of each training item in the last fit of a `Learner` with a `MetaReweightCallback`."
     def __init__(self,
@@ -193,7 +193,7 @@ class MetaInterpretation:
             df = df[df.label == label]
         return df.groupby('label', sort=True)[df.columns.tolist()].head(n).sort_values('label', kind='stable') if per_class else df.head(n)
 
-# %% ../nbs/15_interpret.ipynb #e5d8a107
+# %% ../nbs/15_interpret.ipynb #4d961fbb
 def _as_image(x):
     "Is this an image, or a tensor that can be shown as one?"
     if isinstance(x, Tensor): return x.ndim == 3 and x.shape[0] in (1, 3) and (x.is_floating_point() or x.dtype is torch.uint8)
@@ -221,12 +221,12 @@ def _in_words(ds, i, most):
     text = ' '.join((' '.join(x) if tokens else str(x)).split())
     return dict(input=text if len(text) <= most else text[:most - 1] + '…')
 
-# %% ../nbs/15_interpret.ipynb #17f7f592
+# %% ../nbs/15_interpret.ipynb #1db98ab2
 def _title(row):
     "Given and suggested label of an item, and its figures, over an image."
     suggested = row.get('suggested')
     label = str(row.label) if suggested is None or suggested != suggested else f'{row.label}\n→ {suggested}?'
-    return f'{label}\nquality {row.label_quality:.2f}'
+    return f'{label}\nquality {row.label_quality:.2g}'
 
 @patch
 def show_label_issues(self:MetaInterpretation,
@@ -249,7 +249,7 @@ def show_label_issues(self:MetaInterpretation,
     for ax,(i,row) in zip(axs, issues.iterrows()): _show_on(ax, _input_of(ds, i), f'item {i}: {_title(row)}')
     return axs
 
-# %% ../nbs/15_interpret.ipynb #716a5bb1
+# %% ../nbs/15_interpret.ipynb #e19fecb7
 _parts = 'train','valid','meta','test'
 
 def _checked_positions(name, positions, n):
@@ -295,7 +295,7 @@ def drop_or_relabel(self:MetaInterpretation,
     tables = isinstance(getattr(self.dataset, 'items', None), pd.DataFrame)
     return pd.concat(parts, ignore_index=not tables or isinstance(self.dataset, TabularPandas))
 
-# %% ../nbs/15_interpret.ipynb #8c0ff88f
+# %% ../nbs/15_interpret.ipynb #7ba99003
 @patch
 def cleaner(self:MetaInterpretation,
     max_n:int=30, # Number of images of a class
@@ -325,7 +325,7 @@ def from_cleaner(self:MetaInterpretation,
     at = lambda i: position[str(cleaner.fns[i])]
     return dict(drop=[at(i) for i in cleaner.delete()], relabel={at(i): o for i,o in cleaner.change()})
 
-# %% ../nbs/15_interpret.ipynb #d3989d6a
+# %% ../nbs/15_interpret.ipynb #9961c72b
 _colours = '#0072B2','#D55E00','#009E73','#CC79A7','#56B4E9','#E69F00','#000000' # Okabe and Ito
 _markers = 'o','s','^','D','v','P','X','*'
 _lines = '-','--','-.',':'
@@ -387,15 +387,15 @@ def plot_class_mass(self:MetaInterpretation,
     df = self.class_mass()
     n = len(df)
     if n > max_classes: df = df.loc[(df.weights - df.data).abs().nlargest(max_classes).index].sort_values('data', ascending=False)
-    ax = _axes(ax, figsize or (7, max(2.5, 0.45*len(df) + 1.2)))
+    ax = _axes(ax, figsize or (7, max(2.5, 0.4*len(df) + 1.2)))
     y = np.arange(len(df))
-    ax.barh(y - 0.2, 100*df.data, 0.38, label='of the items that were drawn', color='white', edgecolor='0.2', hatch='////')
-    ax.barh(y + 0.2, 100*df.weights, 0.38, label='of the weights (of the gradient)', color='#0072B2')
+    ax.barh(y - 0.2, 100*df.data, 0.38, label='of the items drawn', color='white', edgecolor='0.2', hatch='////')
+    ax.barh(y + 0.2, 100*df.weights, 0.38, label='of the weights', color='#0072B2')
     ax.set_yticks(y, list(map(str, df.index)))
     ax.invert_yaxis()
     ax.set(xlabel='share of the class, %')
     ax.set_title('Share of each class' + (f', {len(df)} of {n} classes' if len(df) < n else ''))
-    ax.legend(loc='best', frameon=False)
+    ax.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
     ax.spines[['top', 'right']].set_visible(False)
     return ax
 
@@ -435,7 +435,7 @@ def plot_quality(self:MetaInterpretation,
     ax.legend(loc='upper left', frameon=False)
     return ax
 
-# %% ../nbs/15_interpret.ipynb #3f8da1a5
+# %% ../nbs/15_interpret.ipynb #22a26344
 @contextmanager
 def _evaluating(model):
     "Let a model be in evaluation mode, and put back the mode of each module."
@@ -488,7 +488,7 @@ def _batches_of(dl, positions, bs=64):
     else:
         for i in range(0, len(positions), bs): yield _batch_of(dl, positions[i:i + bs])
 
-# %% ../nbs/15_interpret.ipynb #bac01a85
+# %% ../nbs/15_interpret.ipynb #664f8eb4
 @dataclass
 class Explanation:
     "Which trusted examples, and which layers, speak for an item, and which against it."
@@ -559,7 +559,7 @@ def _trusted_frame(self:MetaInterpretation, labels, positions):
     names = self.class_names(labels.flatten().tolist()) if classes else [None]*len(labels)
     return pd.DataFrame(dict(source=source, label=names), index=pd.Index(positions, name='trusted'))
 
-# %% ../nbs/15_interpret.ipynb #164a6a09
+# %% ../nbs/15_interpret.ipynb #7622e446
 @patch
 def show_explain(self:MetaInterpretation,
     i:int, # Position of a training item

@@ -220,7 +220,7 @@ class BatchItems:
             if worker is not None: self._board.end(worker.id, heard.n)
         finally: heard.live = False
 
-# %% ../nbs/09_ledger.ipynb #339a0da3
+# %% ../nbs/09_ledger.ipynb #1651ce99
 class _Draws(TorchFunctionMode):
     "Notes what `torch.randperm` gives."
     def __init__(self):
@@ -279,9 +279,10 @@ class _Listener:
         n = len(mixer.learn.yb[0])
         orders = [o for o in draws.orders if len(o) == n]
         known = len(orders) == 1 and len(draws.orders) == 1
+        del self.found[:-1] # nobody has asked for some time, as after an error that ended a training
         self.found.append((type(mixer).__name__, orders[0] if known else None, torch.as_tensor(mixer.lam)))
 
-# %% ../nbs/09_ledger.ipynb #6d62fea9
+# %% ../nbs/09_ledger.ipynb #eb258fab
 def credited(
     values:Tensor, # One for each item of a batch, shape (n,)
     order:Tensor, # Place of each item's partner in the batch, shape (n,), each place once
@@ -321,7 +322,7 @@ def _whole_number(name, value, least):
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f'{name}={value!r} must be a whole number, {least} or more')
 
-# %% ../nbs/09_ledger.ipynb #9e7faf5c
+# %% ../nbs/09_ledger.ipynb #34204d7a
 @torch.no_grad()
 def evidence_of(
     output:Tensor, # What the loss function was given of the model's
@@ -344,7 +345,7 @@ def evidence_of(
 
 _whole_dtypes = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
-# %% ../nbs/09_ledger.ipynb #ed9a8c57
+# %% ../nbs/09_ledger.ipynb #d415095b
 class _Means:
     "Plain and exponential means of a column over the visits of each item."
     dtypes = dict(sums=torch.float64, visits=torch.int32, recent=torch.float32, mass=torch.float32)
@@ -393,7 +394,7 @@ class _Visits:
         self.place = torch.arange(len(self.items)).repeat_interleave(self.counts) # of each visit's item
         self.later = (self.counts.cumsum(0)[self.place] - 1 - torch.arange(len(items))).double() # number of later visits of the same item
 
-# %% ../nbs/09_ledger.ipynb #e2731dea
+# %% ../nbs/09_ledger.ipynb #7e4ab0b7
 class Ledger:
     "What was seen of each training item: how often, with which weights; raises `ValueError` for numbers that can't be."
     _room = 64 # number of batches that are counted at once, so that weights on a GPU need not be waited for in each step

@@ -162,6 +162,14 @@ def test_both_partners_of_a_mixed_batch(make_learner, mix, start):
     assert set(interp.label_issues(2, label='digit 1').label) == {'digit 1'}
     assert interp.show_label_issues(1)[0].get_title().count('\n') == 1, 'label and quality, no suggestion'
 
+def test_an_error_leaves_mixing_usable(make_learner):
+    def stop(self):
+        if self.training and self.iter == 2: raise RuntimeError('stop')
+    learn = make_learner([MetaReweightCallback(), MixUp()], model=mlp())
+    with pytest.raises(RuntimeError, match='stop'): learn.fit(1, cbs=Callback(before_step=stop))
+    learn.fit(1)
+    assert 'before_batch' not in vars(learn.mix_up) and MetaInterpretation.from_learner(learn).table().visits.sum() == 16*len(learn.dls.train)
+
 def test_a_second_fit_begins_anew_and_runs_can_be_merged(make_learner):
     learn,spy = trained(make_learner)
     first,log = learn.meta_reweight.record_of_items.ledger,spy.log
@@ -432,6 +440,11 @@ def test_plots_go_where_they_are_told(make_learner):
     for plot in (interp.plot_weights, interp.plot_class_mass, interp.plot_ess):
         _,ax = plt.subplots()
         assert plot(ax=ax) is ax and plot(figsize=(3, 2)).figure.get_size_inches().tolist() == [3, 2]
+        ax.figure.canvas.draw()
+        ax = plot()
+        ax.figure.canvas.draw()
+        assert ax.get_legend().get_window_extent().x0 >= ax.get_window_extent().x1, 'the legend hides nothing'
+        assert ax.get_legend().get_window_extent().x1 <= ax.figure.get_window_extent().x1 + 1, 'and is whole'
     assert {o.get_label() for o in interp.plot_weights(max_classes=2).lines} - {'as all others'} == set(interp.class_weights_by_epoch().iloc[-1].sort_values().index[[0, -1]])
     assert '3 of 4 classes' in interp.plot_weights(max_classes=3).get_title() and len(interp.plot_class_mass(max_classes=2).get_yticklabels()) == 2
 
@@ -459,7 +472,7 @@ def test_images_are_shown(make_learner, tmp_path, kind):
     interp = MetaInterpretation.from_learner(learn)
     issues,axs = interp.label_issues(5),interp.show_label_issues(5)
     for ax,(i,row) in zip(axs, issues.iterrows()):
-        assert ax.get_title() == f'item {i}: {row.label}\n→ {row.suggested}?\nquality {row.label_quality:.2f}'
+        assert ax.get_title() == f'item {i}: {row.label}\n→ {row.suggested}?\nquality {row.label_quality:.2g}'
         shown = np.asarray(ax.images[0].get_array(), dtype=float)
         assert np.corrcoef(shown.reshape(64, -1)[:, 0], digits.images[train[i]].flatten())[0, 1] > 0.99
     assert len(interp.show_label_issues(2, per_class=True)) == 8
