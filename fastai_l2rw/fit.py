@@ -248,7 +248,7 @@ class Fit:
         "Leave what a resumed fit needs where `learn.save` finds it, and what was seen of the items."
         opt,owner = self.learn.opt,self.owner
         Checkpoint(opt, owner).save(self.state())
-        if owner.record: Checkpoint(opt, owner, Checkpoint.keys[1]).save(dict(record=owner.record_of_items.state))
+        if owner.record: Checkpoint(opt, owner, Checkpoint.keys[1]).save(dict(record=owner.record_of_items.packed))
 
     def find_meta_dl(self): # A loader
         "The trusted loader; raises `ValueError` if there is none."
@@ -541,7 +541,7 @@ def check_finite(self:Fit,
         f'{step.describe()}: the alignments of its item(s) {bad} with {self.describe_trusted()} are NaN or infinite, '
         'although the model and both batches are finite. Does the loss, or a layer, overflow or divide by zero?')
 
-# %% ../nbs/10_fit.ipynb #0363512d
+# %% ../nbs/10_fit.ipynb #7a18913e
 @patch
 def before_plain_pass(self:Fit):
     "Begin a step of plain training."

@@ -502,7 +502,8 @@ def trusted_loader(self:MetaInterpretation): # Of fastai or PyTorch, or an itera
     "The loader of trusted examples; raises `ValueError` if there is none."
     found = self.reweight.meta_dl
     if found is None and len(self.learn.dls.loaders) > 2: found = self.learn.dls.loaders[2]
-    if found is None: raise ValueError('there are no trusted examples here: set learn.meta_reweight.meta_dl to a loader of such')
+    if found is None: raise ValueError('there are no trusted examples here: '
+        f'set learn.{self.reweight.name}.meta_dl to a loader of such')
     return found
 
 @patch

@@ -10,6 +10,7 @@ import operator, os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from functools import partial
+from io import BytesIO
 
 import pandas as pd, torch
 from torch import Tensor
@@ -220,7 +221,7 @@ class BatchItems:
             if worker is not None: self._board.end(worker.id, heard.n)
         finally: heard.live = False
 
-# %% ../nbs/09_ledger.ipynb #1651ce99
+# %% ../nbs/09_ledger.ipynb #3b17e60d
 class _Draws(TorchFunctionMode):
     "Notes what `torch.randperm` gives."
     def __init__(self):
@@ -282,7 +283,7 @@ class _Listener:
         del self.found[:-1] # nobody has asked for some time, as after an error that ended a training
         self.found.append((type(mixer).__name__, orders[0] if known else None, torch.as_tensor(mixer.lam)))
 
-# %% ../nbs/09_ledger.ipynb #eb258fab
+# %% ../nbs/09_ledger.ipynb #2878bd45
 def credited(
     values:Tensor, # One for each item of a batch, shape (n,)
     order:Tensor, # Place of each item's partner in the batch, shape (n,), each place once
@@ -290,7 +291,7 @@ def credited(
 )->Tensor: # Shape (n,)
     "What belongs to each item of a mixed batch, where `values` are those of the mixtures."
     share = share.as_subclass(Tensor).to(values).expand(len(values))
-    return (share*values).index_add(0, order.to(values.device), (1 - share)*values)
+    return (share*values).index_add(0, order.to(values.device, non_blocking=True), (1 - share)*values)
 
 # %% ../nbs/09_ledger.ipynb #2de378d3
 class _Tally:
@@ -322,7 +323,7 @@ def _whole_number(name, value, least):
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f'{name}={value!r} must be a whole number, {least} or more')
 
-# %% ../nbs/09_ledger.ipynb #34204d7a
+# %% ../nbs/09_ledger.ipynb #7f52eba7
 @torch.no_grad()
 def evidence_of(
     output:Tensor, # What the loss function was given of the model's
@@ -345,7 +346,7 @@ def evidence_of(
 
 _whole_dtypes = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
-# %% ../nbs/09_ledger.ipynb #d415095b
+# %% ../nbs/09_ledger.ipynb #91a79e46
 class _Means:
     "Plain and exponential means of a column over the visits of each item."
     dtypes = dict(sums=torch.float64, visits=torch.int32, recent=torch.float32, mass=torch.float32)
@@ -394,7 +395,7 @@ class _Visits:
         self.place = torch.arange(len(self.items)).repeat_interleave(self.counts) # of each visit's item
         self.later = (self.counts.cumsum(0)[self.place] - 1 - torch.arange(len(items))).double() # number of later visits of the same item
 
-# %% ../nbs/09_ledger.ipynb #7e4ab0b7
+# %% ../nbs/09_ledger.ipynb #c8aca9de
 class Ledger:
     "What was seen of each training item: how often, with which weights; raises `ValueError` for numbers that can't be."
     _room = 64 # number of batches that are counted at once, so that weights on a GPU need not be waited for in each step
@@ -625,15 +626,17 @@ class ItemLedger(Callback):
 
     def begin_fit(self,
         n_items:int, # Number of items in the training set
-        state:Mapping|Callable|None=None, # State of the ledger of a fit that is resumed, or what gives it
+        record:Tensor|Callable|None=None, # What `packed` gave in a fit that is resumed, or a function that gives it
         epoch:int=0, # Number of the epoch with which this one begins
     ):
         "Begin a new record, or go on with that of a fit that is resumed; but not if this is a search for a learning rate."
         if self._searching(): return
-        before = state() if callable(state) else state
+        record = record() if callable(record) else record
         self.ledger,self.figures = Ledger(n_items, self.keep),{}
-        items = before['items'] if before else None
-        if items is None or items['steps'].shape[1] != n_items or max(items['epochs'].tolist(), default=0) > epoch: return
+        if record is None or not len(record): return
+        before = torch.load(BytesIO(record.to('cpu', torch.uint8).numpy().tobytes()), weights_only=True)
+        items = before['items']
+        if items['steps'].shape[1] != n_items or max(items['epochs'].tolist(), default=0) > epoch: return
         self.ledger.load(items)
         rows = pd.DataFrame({k: v.tolist() for k,v in before['figures'].items()}).to_dict('records')
         self.figures = {int(o.pop('epoch')): o for o in rows}
@@ -681,11 +684,12 @@ class ItemLedger(Callback):
         if self.ledger is None: raise ValueError('nothing has been recorded: train first')
         return self.ledger.item_evidence()
 
-    def state(self)->dict: # For `begin_fit`; empty if there is none
-        "What a checkpoint keeps."
-        if self.ledger is None: return {}
+    def packed(self)->Tensor: # Bytes as small numbers, for `begin_fit`
+        "What a checkpoint keeps, in a form that stays exact where an optimizer casts its state to the type of half-precision parameters."
+        if self.ledger is None: return torch.zeros(0, dtype=torch.uint8)
         figures = {k: torch.tensor(v.to_numpy()) for k,v in self.epoch_figures().reset_index().items()}
-        return dict(items=self.ledger.state(), figures=figures)
+        torch.save(dict(items=self.ledger.state(), figures=figures), written := BytesIO())
+        return torch.frombuffer(bytearray(written.getvalue()), dtype=torch.uint8)
 
     def _searching(self):
         "Is this a search for a learning rate?"

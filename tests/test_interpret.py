@@ -1,11 +1,13 @@
 "What MetaInterpretation tells of a training: against what a spy among the callbacks saw, and one backward pass per example."
 import sys, warnings
 from copy import deepcopy
+from functools import partial
 import matplotlib; matplotlib.use('agg')
 import numpy as np, pandas as pd, pytest, torch
 from fastai.basics import (Callback, CategoryBlock, ColReader, DataBlock, DataLoaders, Datasets, Learner, RegressionBlock, SkipItemException, TfmdDL, TransformBlock, noop,
     set_seed)
 from fastai.callback.all import CSVLogger, CutMix, MixUp, ProgressCallback, SaveModelCallback, WeightedDL
+from fastai.optimizer import OptimWrapper
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.tabular.all import Categorify, Normalize, TabularPandas, tabular_learner
 from fastai.text.data import LMDataLoader
@@ -209,6 +211,24 @@ def test_a_checkpoint_keeps_what_was_seen(make_learner, smooth):
     again.fit(2, 0.02, start_epoch=1) # from a checkpoint that has seen a later epoch
     assert MetaInterpretation.from_learner(again).table().visits.sum() == 16*len(learn.dls.train)
 
+class Cast(nn.Module):
+    def __init__(self, dtype): super().__init__(); self.dtype = dtype
+    def forward(self, x): return x.to(self.dtype)
+
+def test_a_checkpoint_is_exact_where_an_optimizer_casts_its_state(make_learner):
+    "PyTorch's optimizers cast what they load to the type of the parameter: in bfloat16, 257 would become 256."
+    def make(): return make_learner(MetaReweightCallback(), model=nn.Sequential(nn.Flatten(), Cast(torch.bfloat16), nn.Linear(64, 4).bfloat16(), Cast(torch.float32)),
+        opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
+    learn,other,found = make(),make(),[]
+    learn.fit(2)
+    learn.save('bf16')
+    other.load('bf16', with_opt=True)
+    def look(self):
+        if self.training and self.iter == 0 and self.epoch == 2: found.append(self.learn.meta_reweight.record_of_items.ledger.state())
+    other.fit(3, start_epoch=2, cbs=Callback(before_batch=look))
+    want = learn.meta_reweight.record_of_items.ledger.state()
+    assert set(found[0]) == set(want) and all(torch.equal(o, want[k]) for k,o in found[0].items() if k != 'marks')
+
 def test_what_was_seen_changes_nothing_of_the_training(make_learner):
     both = []
     for record in (True, False):
@@ -333,7 +353,6 @@ def test_rows_of_a_table(tmp_path):
 
 def test_texts(tmp_path):
     "Words as numbers, padded by a sorted loader; shown as words, and cut off."
-    from functools import partial
     from fastai.text.all import Categorize, Numericalize, SortedDL
     set_seed(0)
     words = dict(good=['fine', 'nice', 'great'], bad=['poor', 'awful', 'dull'])
