@@ -163,15 +163,16 @@ def run_demo(
     try: data = digits_data(o.seed, **setting)
     except ValueError as e: raise SystemExit(str(e)) from None
     dominant,wrong = np.mean(data.labels[data.train] == data.dominant),data.wrong[data.train].mean()
-    print(f'{len(data.train)} training digits: {dominant:.0%} are labelled {data.dominant}, and {wrong:.0%} of the labels are wrong. '
-        f'{len(data.trusted)} trusted digits, {len(data.test)} clean test digits.', flush=True)
     cells = [dict(seed=seed, scheme=scheme, epochs=o.epochs, **setting, **versions())
         for seed in range(o.seed, o.seed + o.seeds) for scheme in schemes]
     with alone_in(o.out):
         results = read_results(o.out)
         kept = lambda: (f'{sum(cell in results for cell in cells)} of {len(cells)} trainings are kept in {o.out}, '
             'and the same command goes on from there')
-        try: _train_cells(cells, results, setting)
+        try:
+            print(f'{len(data.train)} training digits: {dominant:.0%} are labelled {data.dominant}, and {wrong:.0%} of the labels are '
+                f'wrong. {len(data.trusted)} trusted digits, {len(data.test)} clean test digits.', flush=True)
+            _train_cells(cells, results, setting)
         except KeyboardInterrupt:
             print(f'interrupted: {kept()}', flush=True)
             raise

@@ -302,7 +302,7 @@ def progress(
             print(f'{what}: {(i + 1)/len(items):.0%}', flush=True)
             last = time.monotonic()
 
-# %% ../../nbs/31_studies.grids.ipynb #5e708702
+# %% ../../nbs/31_studies.grids.ipynb #3e86fbbf
 class _Run:
     "A grid that is being trained, with what there is to say of it."
     def __init__(self, grid, results, out, report, jobs, first):
@@ -389,13 +389,13 @@ def run_grid(
         return 0
     with alone_in(out) if first else nullcontext():
         run = _Run(grid, read_results(out), out, report, jobs, first)
-        run.plan(dry_run)
-        if num_distrib() > 1:
-            from accelerate import Accelerator
-            Accelerator() # the processes get to know each other
-        run.results.rows = _from_first(run.results.rows)
         kept = lambda: f'{len(run.results)} finished trainings are kept in {out}, and the same command goes on from there'
         try:
+            run.plan(dry_run)
+            if num_distrib() > 1:
+                from accelerate import Accelerator
+                Accelerator() # the processes get to know each other
+            run.results.rows = _from_first(run.results.rows)
             try:
                 for stage in ('search', 'final'): run.train(train, stage, threads)
             finally: run.write()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['schedules', 'is_static', 'train_rows', 'variant_parts', 'confusion_matrix', 'scores', 'bare', 'train_variant',
-           'versions', 'kept_dls', 'fit_schedule']
+           'versions', 'kept_dls', 'fit_schedule', 'variants', 'default_schemes']
 
 # %% ../../nbs/30_studies.training.ipynb #ee2a6bd2
 import time
@@ -28,7 +28,7 @@ from ..data.folders import CategorizeColumn
 from ..schemes import scheme_registry, weighted_sampler, weighting_scheme
 from .variants import default_schemes, variants
 
-# %% ../../nbs/30_studies.training.ipynb #6b2bf2da
+# %% ../../nbs/30_studies.training.ipynb #e22df94c
 _all_ = ['variants', 'default_schemes'] # as names of this module, too
 
 # %% ../../nbs/30_studies.training.ipynb #d31d9b6f
