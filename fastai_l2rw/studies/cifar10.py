@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np, pandas as pd, torch, torch.nn.functional as F
+import numpy as np, pandas as pd, torch
 from fastai.data.external import URLs, untar_data
 from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.learner import Learner

@@ -302,7 +302,7 @@ def progress(
             print(f'{what}: {(i + 1)/len(items):.0%}', flush=True)
             last = time.monotonic()
 
-# %% ../../nbs/31_studies.grids.ipynb #3e86fbbf
+# %% ../../nbs/31_studies.grids.ipynb #f76daf72
 class _Run:
     "A grid that is being trained, with what there is to say of it."
     def __init__(self, grid, results, out, report, jobs, first):
@@ -393,7 +393,9 @@ def run_grid(
         try:
             run.plan(dry_run)
             if num_distrib() > 1:
-                from accelerate import Accelerator
+                try: from accelerate import Accelerator
+                except ImportError:
+                    raise SystemExit("several processes that train one model need pip install 'fastai_l2rw[distributed]'") from None
                 Accelerator() # the processes get to know each other
             run.results.rows = _from_first(run.results.rows)
             try:

@@ -11,15 +11,13 @@ from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np, pandas as pd, torch, torchvision
-from fastai.callback.core import Callback
+import pandas as pd, torch, torchvision
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.optimizer import SGD, Adam
 from fastai.torch_core import default_device, num_distrib, rank_distrib, set_seed
 from fastai.vision.core import imagenet_stats
 from fastai.vision.learner import TimmBody, create_body, create_head, default_split, model_meta
-from fastcore.foundation import L
 from torch import nn
 
 from ..data.ham10000 import ham10000_block, ham10000_images, ham10000_table, isic2018_test_dl, lesion_tfms, submission
@@ -45,7 +43,8 @@ def _library(arch):
     if arch == 'efficientnet_lite0': return 'lite'
     if arch in torchvision.models.list_models(torchvision.models): return 'torchvision'
     try: import timm
-    except ImportError: raise ValueError(f'arch={arch!r} is no network of torchvision, and timm is not installed') from None
+    except ImportError:
+        raise ValueError(f"arch={arch!r} is no network of torchvision, and those of timm need pip install 'fastai_l2rw[timm]'") from None
     if not timm.is_model(arch): raise ValueError(f'arch={arch!r} is no network of torchvision or timm')
     return 'timm'
 

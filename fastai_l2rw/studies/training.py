@@ -28,7 +28,7 @@ from ..data.folders import CategorizeColumn
 from ..schemes import scheme_registry, weighted_sampler, weighting_scheme
 from .variants import default_schemes, variants
 
-# %% ../../nbs/30_studies.training.ipynb #e22df94c
+# %% ../../nbs/30_studies.training.ipynb #76b32208
 _all_ = ['variants', 'default_schemes'] # as names of this module, too
 
 # %% ../../nbs/30_studies.training.ipynb #d31d9b6f
@@ -111,7 +111,7 @@ class _Watch(Callback):
 def _all_processes(learn):
     "The context to fit in: that of distributed training where several processes train one model, and otherwise none."
     if num_distrib() <= 1: return nullcontext()
-    import fastai.distributed # gives a Learner the method, and needs accelerate, which has started the processes
+    import fastai.distributed # for its sake: it gives a Learner the method, and needs accelerate (the extra distributed)
     return learn.distrib_ctx()
 
 def bare(
