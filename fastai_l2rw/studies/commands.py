@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['command', 'options_of', 'run_study', 'l2rw_demo', 'l2rw_cifar10', 'l2rw_ham10000']
 
-# %% ../../nbs/36_studies.commands.ipynb #b746d3ab
+# %% ../../nbs/36_studies.commands.ipynb #7bf3a4b4
 import os, re, sys, warnings
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TypeVar
 
 from fastcore.script import anno_parser, store_true
 
 from .variants import default_schemes, variants
 
-# %% ../../nbs/36_studies.commands.ipynb #ab823c73
+# %% ../../nbs/36_studies.commands.ipynb #c5bc1f68
 def _as_spelled(parser, args):
     "Options with hyphens or underscores, whichever of the two the parser has."
     sep = '-' if re.search(r'--\w+-\w', parser.format_usage()) else '_'
@@ -25,7 +26,7 @@ def _as_spelled(parser, args):
         return '--' + re.sub('[-_]', sep, name[2:]) + equals + value if name.startswith('--') else o
     return list(map(spelled, args))
 
-# %% ../../nbs/36_studies.commands.ipynb #681fbdd5
+# %% ../../nbs/36_studies.commands.ipynb #ffbb2443
 def _ignore(*categories):
     for o in categories: warnings.simplefilter('ignore', o)
     os.environ['PYTHONWARNINGS'] = ','.join(f'ignore::{o.__name__}' for o in categories)
@@ -47,9 +48,11 @@ def _main(func):
     except OSError as e: status = f'{name}: {e}'
     sys.exit(status)
 
+_Function = TypeVar('_Function', bound=Callable) # so that mypy knows the arguments of a command
+
 def command(
-    func:Callable, # A function whose arguments are options
-)->Callable: # The function, with a function `main` that takes its arguments from what was typed and ends the program
+    func:_Function, # A function whose arguments are options
+)->_Function: # The function, with a function `main` that takes its arguments from what was typed and ends the program
     "Decorator: make a function a command, and name the schemes in its help if it has the option `schemes`."
     if 'schemes' in func.__annotations__:
         others = ', '.join(o for o in variants if o not in default_schemes)
@@ -57,7 +60,7 @@ def command(
     func.main = lambda: _main(func)
     return func
 
-# %% ../../nbs/36_studies.commands.ipynb #1bfa292a
+# %% ../../nbs/36_studies.commands.ipynb #d895cd95
 def options_of(
     given:dict, # The arguments of a command; None, '' and False are not given
     default:dict, # Values of those that are not given
@@ -76,7 +79,7 @@ def run_study(
     if module not in sys.modules: print('loading PyTorch and fastai, which takes some seconds', flush=True)
     return getattr(import_module(module), f'run_{name}')(options)
 
-# %% ../../nbs/36_studies.commands.ipynb #3407157d
+# %% ../../nbs/36_studies.commands.ipynb #bb835690
 @command
 def l2rw_demo(
     seed:int=0, # First seed, of the split, the wrong labels, the initial weights and the batches
