@@ -186,7 +186,7 @@ def _relative(file, path):
     except (ValueError, TypeError): return str(file)
 
 # %% ../../nbs/21_data.folders.ipynb #6d15504c
-_largest_table = 2**30 # bytes, unpacked; the table of HAM10000 has half a million
+_largest_table = 2**29 # bytes, unpacked; the table of HAM10000 has half a million, and a table takes five times its size in memory
 
 @contextmanager
 def _open_table(file):
@@ -204,7 +204,7 @@ def _encoding(file):
         decode = codecs.getincrementaldecoder('utf-8')().decode
         while piece:
             n += len(piece)
-            if n > _largest_table: raise ValueError(f'it has more than {_largest_table/2**30:g} GB, unpacked')
+            if n > _largest_table: raise ValueError(f'it has more than {_largest_table/2**20:g} MB, unpacked, which is too large to be meant')
             if found == 'utf-8-sig':
                 try: decode(piece)
                 except UnicodeDecodeError: found = 'latin-1'
@@ -230,7 +230,8 @@ def read_table(
                 index_col=False)
     except Exception as e: raise ValueError(f"{str(file)!r} can't be read as a table: {e}") from e
     df.columns = [str(o).strip() for o in df.columns]
-    df = df.apply(lambda o: o.str.strip().where(lambda s: s != '')).dropna(how='all').reset_index(drop=True)
+    for i in range(df.shape[1]): df.isetitem(i, df.iloc[:, i].str.strip().where(lambda s: s != '')) # a column at a time, to save memory
+    if (empty := df.isna().all(axis=1)).any(): df = df[~empty].reset_index(drop=True)
     missing = [o for o in columns if o not in df.columns]
     if missing:
         raise ValueError(f'{str(file)!r} has no column {listed(map(repr, missing), 20)}, but only {listed(map(repr, df.columns), 20)}')
@@ -271,12 +272,10 @@ def only_usable(
     return [o for name,o in names.items() if name in chosen]
 
 def _as_named(items, names):
-    """Items of a list as the files are named: a list may come from Windows, a name may have a backslash or spaces around it, and a list
-    with a name that is no UTF-8 is read byte by byte."""
-    alike = {}
-    plain = lambda o: o.replace('\\', '/').strip()
-    for name in names:
-        for o in (name, os.fsencode(name).decode('latin-1')): alike.setdefault(plain(o), name)
+    """Items of a list as the files are named: a list may come from Windows, a name may have a backslash or spaces around it, and in a list
+    bytes that are no text are escaped."""
+    plain = lambda o: o.encode('utf-8', 'backslashreplace').decode().replace('\\', '/').strip()
+    alike = {plain(name): name for name in names}
     return {o if o in names else alike.get(plain(o), o) for o in items}
 
 def save_usable(
@@ -291,4 +290,4 @@ def save_usable(
     if Path(path).resolve() in save.resolve().parents:
         raise ValueError(f'save={str(save)!r} is inside the data folder, in which nothing is ever changed: choose another place')
     bad = {str(o) for o in problems.item[~problems.usable]}
-    pd.DataFrame(dict(item=[_relative(o, path) for o in files if str(o) not in bad])).to_csv(save, index=False, errors='surrogateescape')
+    pd.DataFrame(dict(item=[_relative(o, path) for o in files if str(o) not in bad])).to_csv(save, index=False, errors='backslashreplace')
