@@ -6,8 +6,8 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import Tensor, nn
 
-from fastai_l2rw.all import (BalancedAccuracy, ClassRecall, MetaReweightCallback, MetaSplitter, MetaWeightNetCallback, cifar10_dls, example_weights,
-    ham10000_dls, hold_out_meta, imbalance, label_noise, show_distribution, verify, weighted_sampler, weighting_scheme, weighting_schemes)
+from fastai_l2rw.all import (BalancedAccuracy, ClassRecall, MetaReweightCallback, MetaSplitter, MetaWeightNetCallback, cifar10_dls,
+    example_weights, ham10000_dls, hold_out_meta, imbalance, label_noise, show_distribution, verify, weighted_sampler, weighting_scheme, weighting_schemes)
 from fastai_l2rw.studies.commands import l2rw_cifar10, l2rw_demo
 from fastai_l2rw.studies.grids import Grid, Results, run_grid
 
@@ -39,7 +39,8 @@ def data(path:Path)->tuple[DataLoaders,DataLoaders]:
     splitter = MetaSplitter(lambda o: ([0], [1]), 3, 'label')
     splitter(problems)
     weighted_sampler(cifar10_dls(path))
-    return cifar10_dls(path, dominance=0.9, noise=dict(pair=0.2), bs=64, device=torch.device('cpu')),ham10000_dls(str(path), meta_per_class=3)
+    skewed = cifar10_dls(path, dominance=0.9, noise=dict(pair=0.2), bs=64, device=torch.device('cpu'))
+    return skewed,ham10000_dls(str(path), meta_per_class=3)
 
 def comparisons(out:Path)->int:
     grid = Grid(dict(f=dict(s={})), dict(f=('s', {})), ['reweighted'], range(3), [0.1])

@@ -186,7 +186,7 @@ def _relative(file, path):
     except (ValueError, TypeError): return str(file)
 
 # %% ../../nbs/21_data.folders.ipynb #6d15504c
-_largest_table = 2**29 # bytes, unpacked; the table of HAM10000 has half a million, and a table takes five times its size in memory
+_largest_table = 2**29 # bytes, unpacked; that of HAM10000 has half a million, and it takes five times its size in memory
 
 @contextmanager
 def _open_table(file):
