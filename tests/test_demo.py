@@ -124,11 +124,16 @@ def test_nothing_is_lost(tmp_path, monkeypatch):
     def full(fd, data):
         n[0] += 1
         return write(fd, data if n[0] < 3 else data[:5])
-    monkeypatch.setattr(demo, 'train_scheme', lambda data, scheme, seed, epochs: (dict(scheme=scheme, seed=seed, balanced_accuracy=0.5, recall_0=0.5, seconds=1.), None))
+    monkeypatch.setattr(demo, 'train_scheme', lambda data, scheme, seed, epochs: (dict(scheme=scheme, seed=seed, balanced_accuracy=0.5, recall_0=0.5, seconds=1.),
+        pd.DataFrame(dict(weight=1.), index=range(len(data.train))) if scheme == 'reweighted' else None))
     options = dict(seeds=1, epochs=1, out=tmp_path/'out')
     monkeypatch.setattr(os, 'write', full)
     with pytest.raises(SystemExit, match='is the disk full.*2 of 4 trainings are kept in .*, and the same command goes on'): l2rw_demo(**options)
     monkeypatch.setattr(os, 'write', write)
+    def no_space(self, file, **kwargs): raise OSError(28, 'No space left on device', str(file))
+    with monkeypatch.context() as m, pytest.raises(SystemExit, match='No space left on device.*4 of 4 trainings are kept'):
+        m.setattr(demo.Figure, 'savefig', no_space)
+        l2rw_demo(**options)
     file = tmp_path/'out/results.jsonl'
     good = b''.join(file.read_bytes().splitlines(keepends=True)[:2])
     file.write_bytes(broken := good + b'rubbish\n')

@@ -173,19 +173,21 @@ def run_demo(
             print(f'{len(data.train)} training digits: {dominant:.0%} are labelled {data.dominant}, and {wrong:.0%} of the labels are '
                 f'wrong. {len(data.trusted)} trusted digits, {len(data.test)} clean test digits.', flush=True)
             _train_cells(cells, results, setting)
+            _write_tables([results.rows[cell_key(cell)]['result'] for cell in cells], data.dominant, o.out)
         except KeyboardInterrupt:
             print(f'interrupted: {kept()}', flush=True)
             raise
         except OSError as e: raise SystemExit(f'{e}. {kept()}') from e
-        rows = [results.rows[cell_key(cell)]['result'] for cell in cells]
-        table = pd.DataFrame([row['measures'] for row in rows])
-        weights = pd.DataFrame([row['weights'] for row in rows if row['weights']])
-        print(f'\n% on the test set, mean ± standard deviation over {o.seeds} seed(s); seconds of training\n')
-        print(f'{results_table(table, data.dominant).to_string()}\n')
-        table.to_csv(o.out/'results.csv', index=False)
-        plot_results(table, weights).savefig(o.out/'demo.png', dpi=120)
     print(f"figure: {o.out/'demo.png'}\nall results: {o.out/'results.csv'}")
     return 0
+
+def _write_tables(rows, dominant, out):
+    "The table and the figure of finished trainings."
+    results,weights = pd.DataFrame([o['measures'] for o in rows]),pd.DataFrame([o['weights'] for o in rows if o['weights']])
+    print(f'\n% on the test set, mean ± standard deviation over {results.seed.nunique()} seed(s); seconds of training\n')
+    print(f'{results_table(results, dominant).to_string()}\n', flush=True)
+    results.to_csv(out/'results.csv', index=False)
+    plot_results(results, weights).savefig(out/'demo.png', dpi=120)
 
 def _train_cells(cells, results, setting):
     "Train what is not there, and say a line for each."
