@@ -6,6 +6,7 @@ from fastai_l2rw.losses import LossNotPerItem
 from fastai_l2rw.callback import *
 from fastai_l2rw.schemes import *
 from fastai_l2rw.metrics import *
+from fastai_l2rw.interpret import *
 from fastai_l2rw.data.core import *
 from fastai_l2rw.data.folders import *
 from fastai_l2rw.data.cifar10 import *

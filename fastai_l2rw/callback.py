@@ -66,7 +66,7 @@ class MetaReweightCallback(Callback):
         relative:bool=False, # Divide each alignment by the length of the gradient of the example's loss at the model's output?
         smooth:float=0., # Average each item's alignments over its visits, each counting `smooth` times as much as the next; below 1
         margin:float=0., # How far an example may pull against the trusted ones before its weight is zero, in units of the batch's mean
-        record:bool=True, # Keep what was seen of each item, for `item_weights`?
+        record:bool=True, # Keep what was seen of each item, for `item_weights` and `MetaInterpretation`?
     ):
         check_meta_dl(meta_dl)
         if params is not None and not callable(params):
@@ -158,7 +158,7 @@ def begin_fit(self:MetaReweightCallback):
     self.close()
     self.announced = False
     self.this_fit = Fit(self, self.routes, self.make_weigher(hasattr(self.learn, 'lr_finder')), self.next_seed)
-    if self.record: self.record_of_items.begin_fit(self.this_fit.n_items)
+    if self.record: self.record_of_items.begin_fit(self.this_fit.n_items, self.this_fit.record, self.epoch)
 
 @patch
 def make_weigher(self:MetaReweightCallback,
@@ -173,30 +173,35 @@ def begin_step(self:MetaReweightCallback):
     "The batch and the learning rates are ready."
     fit = self.this_fit
     if fit is None: return # as in a validation
-    if self.epoch < self.start: fit.step = None
-    else:
-        with self.closing_on_error(): fit.before_pass()
+    with self.closing_on_error():
+        if self.epoch < self.start: fit.before_plain_pass()
+        else: fit.before_pass()
 
 @patch
 def note_loss(self:MetaReweightCallback):
     "The Learner is about to call its loss function."
-    if self.step is not None: self.this_fit.losses.note()
+    if self.step is not None or self.plain_step is not None: self.this_fit.losses.note()
 
 @patch
 def weigh_loss(self:MetaReweightCallback):
     "The Learner has called it: put the weighted loss in the place of the mean loss."
-    if self.step is None or self.step.done: return
-    with self.closing_on_error(): self.this_fit.after_loss()
+    plain = self.plain_step is not None
+    if not plain and (self.step is None or self.step.done): return
+    with self.closing_on_error():
+        if plain: self.this_fit.after_plain_loss()
+        else: self.this_fit.after_loss()
 
 @patch
 def after_step(self:MetaReweightCallback):
     "Keep what a resumed fit needs where `learn.save` finds it."
-    if self.this_fit is not None and not self.this_fit.searching: Checkpoint(self.opt, self).save(self.this_fit.state())
+    if self.this_fit is not None and not self.this_fit.searching: self.this_fit.save()
 
 @patch
 def after_train(self:MetaReweightCallback):
     "Take the means of the epoch."
-    if self.this_fit is not None: self.this_fit.means = self.this_fit.epoch.means()
+    if self.this_fit is None: return
+    self.this_fit.means = self.this_fit.epoch.means()
+    if self.record: self.record_of_items.note_epoch(self.epoch, dict(zip(Epoch.names, self.this_fit.means)))
 
 @patch
 def after_validate(self:MetaReweightCallback):
@@ -235,6 +240,12 @@ def step(self:MetaReweightCallback)->Step|None: # If there is one
     "The training step at hand: its `weights`, `alignments`, `losses`, `items`, `meta_batch` and `route`; `None` if there is none."
     return None if self.this_fit is None else self.this_fit.step
 
+@patch(as_prop=True)
+def plain_step(self:MetaReweightCallback)->Step|None: # If there is one
+    "The step at hand of plain training, before `start`, if its items are recorded: its `losses` and `items`; `None` in other epochs."
+    fit = self.this_fit
+    return None if fit is None or fit.step is not None else fit.plain
+
 @patch
 def engine_statistics(self:MetaReweightCallback)->dict: # `steps` by route, `doubts` by what was met, and how many were `compared`
     "How the alignments of the last fit were found."
@@ -247,6 +258,12 @@ def item_weights(self:MetaReweightCallback,
     "How each training item was weighed in the last fit; raises `ValueError` if that is not known."
     if not self.record: raise ValueError('no weights have been recorded (record=False): train with record=True first')
     return self.record_of_items.item_weights(last)
+
+@patch
+def item_evidence(self:MetaReweightCallback)->pd.DataFrame: # By position, as `Ledger.item_evidence`
+    "What the model said of each training item in the last fit; raises `ValueError` if that is not known."
+    if not self.record: raise ValueError('nothing has been recorded (record=False): train with record=True first')
+    return self.record_of_items.item_evidence()
 
 # %% ../nbs/11_callback.ipynb #1f187239
 class MetaWeightNetCallback(MetaReweightCallback):
@@ -263,7 +280,7 @@ class MetaWeightNetCallback(MetaReweightCallback):
         lookahead:str='sgd', # Look ahead along a step of plain SGD ('sgd', as in the paper) or of the Learner's own optimizer ('opt')
         augment:bool=False, # Apply the batch transforms of training to trusted batches? For fastai's loaders that don't draw by weights
         start:int=0, # Number of epochs of plain training before the weighting begins, in each fit
-        record:bool=True, # Keep what was seen of each item, for `item_weights`?
+        record:bool=True, # Keep what was seen of each item, for `item_weights` and `MetaInterpretation`?
     ):
         check_whole_numbers(hidden=(hidden, 1))
         if not net_lr > 0: raise ValueError(f'net_lr={net_lr!r} must be a learning rate above 0')

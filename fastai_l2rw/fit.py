@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 from fastai.callback.core import CancelFitException
 from fastai.callback.rnn import RNNCallback
+from fastai.data.load import DataLoader
 from fastai.optimizer import Optimizer
 from fastai.torch_core import one_param
 from fastcore.basics import patch
@@ -28,7 +29,7 @@ from .engines.routes import Aligned, Engine
 from .engines.rules import NoForwardDerivative
 from .engines.skip_zeros import acts_on_others, coupling_layer, losses_act_on_others, rows_of
 from .engines.tape import OwnPass
-from .ledger import BatchItems
+from .ledger import BatchItems, Mixing, evidence_of
 from .lookahead import OptimizerStep, SGDStep, bare_optimizer, check_lookahead
 from .losses import LearnerLosses, LossNotPerItem, loss_scale
 from .reweight import effective_sample_size, meta_gradient, normalise, weighted_gradient
@@ -97,6 +98,8 @@ class Step:
     weights:Tensor|None=None # One per item, shape (n,): what the Learner trains with
     route:str='' # How the alignments were found: 'own pass', 'own graph' or 'separate pass'
     whole:tuple|None=None # The whole batch, while examples are left out of it
+    mixed:tuple|None=None # How MixUp or CutMix has mixed it, as `Mixing` gives it
+    seen:dict=field(default_factory=dict) # What else is to be kept of each item: columns for `Ledger.add`
     done:bool=False # Has the loss been weighted?
     underway:Underway|None=field(default_factory=Underway) # `None` once it is over
 
@@ -148,20 +151,22 @@ class _Left(dict):
     def __init__(self, content, owner):
         super().__init__(content)
         self.owner = weakref.ref(owner)
-    def __reduce__(self): return OrderedDict,(list(self.items()),) # which `torch.load` takes for harmless
-    def __deepcopy__(self, memo): return deepcopy(dict(self), memo)
+    def written(self): return {k: o() if callable(o) else o for k,o in self.items()} # large values are made when they are asked for
+    def __reduce__(self): return OrderedDict,(list(self.written().items()),) # which `torch.load` takes for harmless
+    def __deepcopy__(self, memo): return deepcopy(self.written(), memo)
 
 # %% ../nbs/10_fit.ipynb #1e085829
 class Checkpoint:
     "A few values, where `learn.save` and `learn.load` find them."
-    key = 'meta_reweight' # in the state of a parameter
+    keys = 'meta_reweight','meta_reweight_items' # in the state of a parameter: what a fit needs, and what was seen of items
     def __init__(self,
         opt, # fastai's optimizer, of which `OptimWrapper` is one
         owner=None, # The callback whose values they are
-    ): self.opt,self.bare,self.owner = opt,bare_optimizer(opt),owner
+        key:str=keys[0], # One of `keys`
+    ): self.opt,self.bare,self.owner,self.key = opt,bare_optimizer(opt),owner,key
 
     def save(self,
-        content:dict, # What is kept
+        content:dict, # What is kept: values, or functions without arguments that give a value when a checkpoint is written
     ):
         "Leave it with the optimizer's state, if there is any: some optimizers take a state that isn't empty for complete."
         state = next(filter(None, self.bare.state.values()), None)
@@ -175,8 +180,9 @@ class Checkpoint:
         return {} if isinstance(left, _Left) and left.owner() is not self.owner else left
 
     def clear(self):
-        "Take it away."
-        for state in self.bare.state.values(): state.pop(self.key, None)
+        "Take all of it away."
+        for state in self.bare.state.values():
+            for key in self.keys: state.pop(key, None)
 
 # %% ../nbs/10_fit.ipynb #1825658e
 class Fit:
@@ -201,7 +207,9 @@ class Fit:
         self.spread = bool(synced or replicated) # does the Learner's pass depend on what other devices have?
         dataset = getattr(learn.dls.train, 'dataset', None)
         self.n_items = len(dataset) if hasattr(dataset, '__len__') else 0
-        self.items,self.step,self.epoch = None,None,Epoch()
+        self.items,self.mixing,self.epoch = None,None,Epoch()
+        self.step,self.plain = None,None # the step at hand, and that of plain training
+        self.warned = False # of items that are not known
         self.traces = (),() # what a pass changes, found when the model is tried out
         self.meta_batch = None # the trusted batch at hand
         self.means = None # of the epoch, until they are logged
@@ -227,6 +235,7 @@ class Fit:
         "Go on with the seed and the state of the fit that is resumed, if it is."
         memory = Checkpoint(self.learn.opt, self.owner).load()
         resumed = self.learn.epoch > 0
+        self.record = Checkpoint(self.learn.opt, self.owner, Checkpoint.keys[1]).load().get('record') if resumed else None # of items
         self.seed = memory.get('seed', seed) if resumed else seed
         if hasattr(self.weigher, 'prepare'): self.weigher.prepare(self.device, self.seed)
         if not self.searching: self.weigher.load(memory, self.n_items, resumed)
@@ -234,6 +243,12 @@ class Fit:
     def state(self)->dict: # For `Checkpoint.save`
         "What a checkpoint keeps."
         return dict(seed=self.seed) | self.weigher.state()
+
+    def save(self):
+        "Leave what a resumed fit needs where `learn.save` finds it, and what was seen of the items."
+        opt,owner = self.learn.opt,self.owner
+        Checkpoint(opt, owner).save(self.state())
+        if owner.record: Checkpoint(opt, owner, Checkpoint.keys[1]).save(dict(record=owner.record_of_items.packed))
 
     def find_meta_dl(self): # A loader
         "The trusted loader; raises `ValueError` if there is none."
@@ -303,7 +318,8 @@ class Fit:
     def close(self):
         "End what has begun; the only tidy-up. The rest goes with the fit itself."
         if self.step is not None: self.step.close()
-        if self.items is not None: self.items.close()
+        for listener in (self.items, self.mixing):
+            if listener is not None: listener.close()
 
 # %% ../nbs/10_fit.ipynb #57b697fe
 @patch
@@ -367,7 +383,13 @@ def begin_epoch(self:Fit,
     self.weigher.begin_epoch()
     self.trusted.begin(epoch)
     if self.items is not None: self.items.close()
-    self.items = BatchItems(self.learn.dls.train)
+    if self.mixing is not None: self.mixing.close()
+    self.items,self.mixing = BatchItems(self.learn.dls.train),Mixing(self.learn.cbs if self.owner.record else ())
+    fastai = isinstance(self.learn.dls.train, DataLoader) # of another loader, nobody expects that it tells its items
+    if self.owner.record and self.items.why and fastai and not self.searching and not self.warned:
+        self.warned = True
+        warnings.warn(f'nothing will be known of single training items (item_weights, MetaInterpretation): {self.items.why}. '
+            'Pass record=False if you do not need it.')
     self.weigher.check_items(self.items.why)
 
 # %% ../nbs/10_fit.ipynb #313586b7
@@ -403,15 +425,21 @@ def weighted_gradient_of(self:Fit,
 
 # %% ../nbs/10_fit.ipynb #9baec24f
 @patch
+def new_step(self:Fit)->Step: # With the Learner's batch
+    "A step of which nothing is known yet but its batch, and the items in it."
+    learn = self.learn
+    n = len(learn.yb[0]) if len(learn.yb) and hasattr(learn.yb[0], '__len__') else 0
+    items = self.items.items(learn.iter, n)
+    return Step(learn.epoch, learn.iter, tuple(learn.xb), tuple(learn.yb), items, self.n_items, why=self.items.why,
+        n_processes=self.n_processes, mixed=self.mixing.take())
+
+@patch
 def before_pass(self:Fit):
     "Begin a step, and do what has to be done before the Learner's pass."
     learn = self.learn
     if self.step is not None: self.step.close()
     if self.with_gradient != [p.requires_grad for p in self.model.parameters()]: self.find_parameters() # another callback froze some
-    n = len(learn.yb[0]) if len(learn.yb) and hasattr(learn.yb[0], '__len__') else 0
-    items = self.items.items(learn.iter, n)
-    step = self.step = Step(learn.epoch, learn.iter, tuple(learn.xb), tuple(learn.yb), items, self.n_items, why=self.items.why,
-        n_processes=self.n_processes)
+    step = self.step = self.new_step()
     route = self.engine.ready(self.model, self.params, torch.is_autocast_enabled(self.device.type), self.spread)
     now = step.underway
     if route == 'separate pass' or not self.weigher.needs_losses: now.direction = self.weigher.direction(step, self)
@@ -437,8 +465,17 @@ def after_loss(self:Fit):
         if step.underway.own is not None: step.underway.own.restore() # what the pass made of the model's statistics may be what is wrong
         raise
     if step.whole is not None: self.take_back(step)
+    if self.owner.record: self.see(step)
     step.done = True
     step.close()
+
+@patch
+def see(self:Fit,
+    step:Step, # The step, which gets the columns
+):
+    "Note what the losses and the output tell of the items, for the ledger."
+    step.seen['loss'] = step.losses.detach()
+    if step.mixed is None: step.seen |= evidence_of(self.losses.of_output(self.learn.pred), tuple(self.learn.yb))
 
 @patch
 def weigh(self:Fit,
@@ -504,6 +541,20 @@ def check_finite(self:Fit,
         f'{step.describe()}: the alignments of its item(s) {bad} with {self.describe_trusted()} are NaN or infinite, '
         'although the model and both batches are finite. Does the loss, or a layer, overflow or divide by zero?')
 
+# %% ../nbs/10_fit.ipynb #7a18913e
+@patch
+def before_plain_pass(self:Fit):
+    "Begin a step of plain training."
+    if self.step is not None: self.step.close()
+    self.step,self.plain = None,self.new_step() if self.owner.record and not self.searching else None
+
+@patch
+def after_plain_loss(self:Fit):
+    "Note what is to be kept of its items."
+    with torch.no_grad(): self.plain.losses = self.losses.of_step()
+    self.see(self.plain)
+    self.plain.close()
+
 # %% ../nbs/10_fit.ipynb #846fad7a
 @patch
 def weigh_before(self:Fit,
@@ -540,5 +591,5 @@ def take_back(self:Fit,
 ):
     "Show the whole batch to the callbacks that come after the loss."
     _,self.learn.xb,self.learn.yb,mixed,self.learn.pred = step.whole
-    step.whole = None
+    step.whole,step.losses = None,step.underway.aligned.losses
     if mixed: self.losses.mixer.yb1,self.losses.mixer.lam = mixed

@@ -154,7 +154,7 @@ def fit(make_model, steps=20, cbs=(), lr=0.1, weigh=True, trusted=TRUSTED, loss_
     learn.fit(steps//20, lr)
     return learn
 
-def check(make_model, steps=20, tolerance=2e-3, factory=False, change=noop, cbs=(), params=None, engine='auto', **kwargs):
+def check(make_model, steps=80, tolerance=2e-3, factory=False, change=noop, cbs=(), params=None, engine='auto', **kwargs):
     "Fit and compare each step with the oracle; an engine that was asked for may refuse and say so."
     oracle = Check(make_model if factory else None, params, change)
     try: learn = fit(make_model, steps, [oracle, *cbs], params=params, engine=engine, **kwargs)

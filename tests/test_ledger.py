@@ -1,10 +1,11 @@
 "What was seen of each item: which items are in a batch, for every kind of loader, and what is kept of them."
 import copy, multiprocessing, pickle, random, warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
 from fastai.basics import (Callback, DataLoader, DataLoaders, Datasets, Learner, MSELossFlat, SkipItemException, TfmdDL, load_learner, noop,
     set_seed)
-from fastai.callback.all import PartialDL, ProgressCallback, WeightedDL
+from fastai.callback.all import CutMix, MixUp, PartialDL, ProgressCallback, WeightedDL
 from fastai.callback.schedule import lr_find # noqa: F401, which gives Learner a method
 from fastai.tabular.core import TabDataLoader, TabularPandas, TabWeightedDL
 from fastai.text.data import LMDataLoader, SortedDL
@@ -13,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader as TorchLoader, IterableDataset
 
 from fastai_l2rw.data.cifar10 import DecodedDL, WeightedDecodedDL
-from fastai_l2rw.ledger import BatchItems, ItemLedger, Ledger, tells_items
+from fastai_l2rw.ledger import BatchItems, ItemLedger, Ledger, Mixing, credited, evidence_of, tells_items
 
 n_items = 43
 positions = list(range(n_items)) # items that carry their own position
@@ -689,3 +690,259 @@ def test_keep_of_the_callback(tmp_path):
     log = fit(learn, owner, 4)
     assert_same(learn.item_ledger.item_weights(last=2), expected(log, 2))
     with pytest.raises(ValueError, match='last=3 is not known'): learn.item_ledger.item_weights(last=3)
+
+# ---- what is seen beside the weights
+
+def test_evidence_of_labels():
+    set_seed(0)
+    z,y = torch.randn(7, 4),torch.tensor([0, 3, 2, -100, 1, 4, 2])
+    got = evidence_of(z, y)
+    assert list(got) == ['log_prob', 'margin', 'label', 'suggested', 'agrees'] and all(o.shape == (7,) for o in got.values())
+    for i,(row,label) in enumerate(zip(z.tolist(), y.tolist())):
+        one = {k: o[i].item() for k,o in got.items()}
+        if not 0 <= label < 4:
+            assert np.isnan(one['log_prob']) and np.isnan(one['margin']) and (one['label'], one['suggested'], one['agrees']) == (-1, -1, False)
+            continue
+        others = {k: o for k,o in enumerate(row) if k != label}
+        best = max(others, key=others.get)
+        assert one['log_prob'] == pytest.approx(row[label] - np.log(np.exp(row).sum()), rel=1e-5)
+        assert one['margin'] == pytest.approx(row[label] - row[best], rel=1e-5)
+        assert (one['label'], one['suggested'], one['agrees']) == (label, best, row[label] > row[best])
+
+def test_evidence_of_other_forms():
+    z,y = torch.randn(5, 3, requires_grad=True),torch.tensor([0, 1, 2, 1, 0])
+    same = evidence_of(z, y)
+    assert not any(o.requires_grad for o in same.values())
+    for other in ((z, (y,)), (z, y[:, None]), (z, y.to(torch.uint8)), (z.bfloat16().float(), [y])):
+        got = evidence_of(*other)
+        assert list(got) == list(same) and torch.equal(got['label'], same['label'])
+    assert evidence_of(z.double(), y)['margin'].dtype is torch.float64 and evidence_of(z.bfloat16(), y)['margin'].dtype is torch.float32
+    evidence_of(z.detach().to('meta'), y.to('meta')) # where nothing can be waited for
+    for nothing in ((z, y.float()), (z, y[:4]), (z[:, :1], y), (z[0], y), (z, (y, y)), ([z], y), (z, torch.randint(0, 2, (5, 3))), (z, y.bool()), (z, None), ((z > 0), y)):
+        assert evidence_of(*nothing) == {}
+
+def seen_log(ledger, n_steps=150, bs=8, seed=0, n_epochs=3):
+    "Steps with columns, some of which lack a column, or a value; as a table with a row for each visit, in their order."
+    rng,log = np.random.default_rng(seed),[]
+    for step in range(n_steps):
+        if step % (n_steps//n_epochs) == 0: ledger.begin_epoch(step//(n_steps//n_epochs))
+        items = rng.integers(0, n_items - 1, bs)
+        items[:2] = items[0] # twice in a batch
+        seen = dict(loss=rng.normal(1, 1, bs), margin=np.where(rng.random(bs) < 0.3, np.nan, rng.normal(size=bs)), suggested=rng.integers(0, 9, bs))
+        if step % 7 == 2: del seen['margin']
+        if step % 5 == 3: del seen['suggested']
+        weights = None if step < 20 else torch.ones(bs)
+        ledger.add(torch.tensor(items), weights, **{k: torch.tensor(v) for k,v in seen.items()})
+        log += [dict(item=i, weighed=step >= 20) | {k: o[j] for k,o in seen.items()} for j,i in enumerate(items)]
+    return pd.DataFrame(log)
+
+def evidence_from(log, decay=0.5):
+    "What a ledger should tell, visit by visit."
+    rows = {}
+    for i,visits in log.groupby('item'):
+        row = dict(visits=visits.loss.notna().sum())
+        for name in ('loss', 'margin'):
+            values = visits[name].dropna().to_numpy()
+            counts = decay**np.arange(len(values))[::-1] if decay else np.eye(len(values))[-1] if len(values) else []
+            row[name],row[f'{name}_recent'] = (values.mean(),(counts*values).sum()/np.sum(counts)) if len(values) else (np.nan, np.nan)
+        last = visits.suggested.dropna()
+        rows[i] = row | dict(suggested=int(last.iloc[-1]) if len(last) else -1)
+    return pd.DataFrame.from_dict(rows, orient='index')
+
+def assert_same_evidence(got, want):
+    assert got.index.name == 'item' and sorted(got) == sorted(want) and list(got.index) == list(want.index)
+    for o in want: np.testing.assert_allclose(got[o], want[o], rtol=1e-5, atol=1e-5)
+
+@pytest.mark.parametrize('decay', [0.5, 0.9, 0.])
+def test_means_over_visits(decay):
+    ledger = Ledger(n_items, decay=decay)
+    log = seen_log(ledger)
+    assert_same_evidence(ledger.item_evidence(), evidence_from(log, decay))
+    weighed = log[log.weighed].groupby('item').size()
+    assert ledger.item_weights().steps.to_dict() == weighed.to_dict(), 'batches without weights are not counted as weighed'
+    assert n_items - 1 not in ledger.item_evidence().index
+
+def test_columns_take_memory_for_items_not_for_steps():
+    def size(n_steps):
+        ledger = Ledger(n_items)
+        seen_log(ledger, n_steps)
+        return sum(t.nbytes for t in ledger.state().values())
+    assert size(90) == size(300)
+    ledger = Ledger(10**9)
+    assert ledger.state()['steps'].numel() == 0, 'nothing is allocated before it is needed'
+
+def test_wrong_columns():
+    ledger = Ledger(3)
+    with pytest.raises(ValueError, match='items has 2 positions, but loss has 3 values'): ledger.add(torch.tensor([0, 1]), torch.ones(2), loss=torch.ones(3))
+    with pytest.raises(ValueError, match='nothing but weights has been recorded'): ledger.item_evidence()
+    with pytest.raises(ValueError, match='decay=1 must be'): Ledger(3, decay=1)
+    ledger.add(None, None, 'nobody told', loss=torch.ones(1))
+    with pytest.raises(ValueError, match='nobody told'): ledger.item_evidence()
+    ledger.add(torch.tensor([0]), torch.ones(1))
+    assert len(ledger.item_weights()) == 1, 'the items that were weighed are known'
+
+@pytest.mark.parametrize('keep', [(10, 10), (1, 3), (3, 1)])
+def test_merged_runs_are_one_log(keep):
+    runs = [Ledger(n_items, o) for o in keep]
+    logs = [log_of(o, 4, seed=s) for s,o in enumerate(runs)]
+    before = runs[1].state()
+    merged = runs[0].merge(runs[1])
+    assert merged is runs[0]
+    assert_same(merged.item_weights(), expected(pd.concat(logs)))
+    for last in range(1, min(keep) + 1): assert_same(merged.item_weights(last), expected(pd.concat(logs), last))
+    with pytest.raises(ValueError, match='last=2 is not known') if min(keep) < 2 else nullcontext(): merged.item_weights(last=2)
+    assert all(torch.equal(o, before[k]) for k,o in runs[1].state().items()), 'the other stays as it is'
+
+def test_merged_columns():
+    runs = [Ledger(n_items) for _ in range(2)]
+    logs = [seen_log(o, seed=s) for s,o in enumerate(runs)]
+    each = [evidence_from(o) for o in logs]
+    got,both = runs[0].merge(runs[1]).item_evidence(),evidence_from(pd.concat(logs))
+    for o in ('loss', 'margin', 'visits'): np.testing.assert_allclose(got[o], both[o], rtol=1e-5, atol=1e-5)
+    i = got.index[0]
+    mass = [1 - 0.5**(log[log.item == i].loss.size) for log in logs]
+    want = sum(m*o.loss_recent[i] for m,o in zip(mass, each))/sum(mass)
+    assert got.loss_recent[i] == pytest.approx(want, rel=1e-5), 'the exponential means count by what their visits count'
+    later = each[1].suggested.where(each[1].suggested >= 0, each[0].suggested)
+    assert got.suggested[later.index].tolist() == later.tolist()
+    with pytest.raises(ValueError, match='other is of 4 items, but must be of n_items=43'): runs[0].merge(Ledger(4))
+    with pytest.raises(ValueError, match='other is this ledger itself'): runs[0].merge(runs[0])
+    unknown = Ledger(n_items)
+    unknown.add(None, torch.ones(1), 'nobody told')
+    with pytest.raises(ValueError, match='nobody told'): runs[0].merge(unknown).item_weights()
+
+def test_state_of_columns():
+    ledger,whole = Ledger(n_items),Ledger(n_items)
+    log = seen_log(ledger)
+    seen_log(whole)
+    state = ledger.state()
+    assert all(isinstance(o, torch.Tensor) for o in state.values())
+    again = Ledger(n_items)
+    again.load({k: v.double() if v.is_floating_point() else v.float() for k,v in state.items()})
+    assert_same_evidence(again.item_evidence(), evidence_from(log))
+    for o in (again, whole): o.add(torch.tensor([1, 1]), torch.ones(2), loss=torch.tensor([0., 3.]), other=torch.tensor([1., 2.]))
+    pd.testing.assert_frame_equal(again.item_evidence(), whole.item_evidence())
+    copied = whole.copy()
+    whole.add(torch.tensor([1]), torch.ones(1), loss=torch.tensor([9.]))
+    assert copied.item_evidence().visits[1] == whole.item_evidence().visits[1] - 1
+
+def test_a_state_of_before_there_were_columns():
+    ledger = Ledger(n_items, 3)
+    log = log_of(ledger, 5)
+    old = {k: v for k,v in ledger.state().items() if ':' not in k}
+    old['marks'] = old['marks'][:4]
+    again = Ledger(n_items, 3)
+    again.load(old)
+    assert_same(again.item_weights(), expected(log))
+    again.add(torch.tensor([1]), torch.ones(1), loss=torch.ones(1))
+    assert again.item_evidence().visits.to_dict() == {1: 1}
+
+def test_single_epochs():
+    ledger = Ledger(n_items, keep=2)
+    log = log_of(ledger, 4)
+    assert ledger.epochs == [2, 3]
+    assert_same(ledger.epoch_weights(2), expected(log[log.epoch == 2]))
+    with pytest.raises(ValueError, match=r'epoch=1 is not kept by itself: those that are kept are \[2, 3\]'): ledger.epoch_weights(1)
+    ledger.add(None, torch.ones(1), 'nobody told')
+    with pytest.raises(ValueError, match='nobody told'): ledger.epoch_weights(3)
+
+# ---- mixed batches
+
+def test_what_belongs_to_each_item_of_a_mixed_batch():
+    set_seed(0)
+    w,order,share = torch.rand(8),torch.randperm(8),torch.rand(8)
+    want = np.zeros(8)
+    for i in range(8):
+        want[i] += share[i]*w[i]
+        want[order[i]] += (1 - share[i])*w[i]
+    np.testing.assert_allclose(credited(w, order, share), want, rtol=1e-5)
+    np.testing.assert_allclose(credited(w, order, share).sum(), w.sum(), rtol=1e-5)
+    np.testing.assert_allclose(credited(w, order, torch.tensor([0.3])), 0.3*w + 0.7*w[order.argsort()], rtol=1e-5)
+
+class Batch(Callback):
+    "A batch for a callback that mixes, without a Learner."
+    def __init__(self, mixer, n=6):
+        self.mixer = mixer
+        self.x,self.y = torch.randn(n, 3, 8, 8),torch.arange(n)
+        mixer.learn,mixer.stack_y = SimpleNamespace(x=self.x, y=self.y, xb=(self.x.clone(),), yb=(self.y,)),True
+    def mix(self): self.mixer('before_batch')
+
+@pytest.mark.parametrize('mix', [MixUp, CutMix])
+def test_the_partners_are_told(mix):
+    set_seed(0)
+    batch = Batch(mix())
+    mixing = Mixing([batch.mixer, noop])
+    for _ in range(3):
+        batch.mix()
+        order,share,why = mixing.take()
+        assert why is None and torch.equal(batch.mixer.yb1[0], order) and (share is batch.mixer.lam or torch.equal(share, batch.mixer.lam))
+    assert mixing.take() is None, 'this one was not mixed'
+    mixing.close()
+    assert 'before_batch' not in vars(batch.mixer)
+    mixing.close()
+
+def test_listening_changes_nothing():
+    def mixed(listen):
+        set_seed(3)
+        batch = Batch(MixUp())
+        mixing = Mixing([batch.mixer] if listen else [])
+        batch.mix()
+        mixing.close()
+        return batch.mixer.learn.xb[0], torch.rand(1)
+    for a,b in zip(mixed(True), mixed(False)): assert torch.equal(a, b)
+
+def test_a_second_listener_takes_the_place_of_the_first():
+    batch = Batch(MixUp())
+    first,second = Mixing([batch.mixer]),Mixing([batch.mixer])
+    batch.mix()
+    assert first.take() is None and second.take()[2] is None
+    second.close()
+    assert 'before_batch' not in vars(batch.mixer)
+    own = batch.mixer.before_batch
+    vars(batch.mixer)['before_batch'] = own
+    Mixing([batch.mixer]).close()
+    assert vars(batch.mixer)['before_batch'] is own, 'what was there is put back'
+
+class Rolled(MixUp):
+    "Mixes each item with the one before it."
+    def before_batch(self):
+        self.lam,self.yb1 = torch.full((6,), 0.7),(self.y.roll(1),)
+
+class Sometimes(MixUp):
+    n = 0
+    def before_batch(self):
+        self.n += 1
+        if self.n % 2: super().before_batch()
+
+def test_mixing_that_does_not_tell():
+    batch = Batch(Rolled())
+    mixing = Mixing([batch.mixer])
+    batch.mix()
+    order,share,why = mixing.take()
+    assert order is None and why.startswith('Rolled mixes the items of a batch and does not tell which: let it draw them with torch.randperm')
+    both = Batch(MixUp()),Batch(CutMix())
+    mixing = Mixing([o.mixer for o in both])
+    for o in both: o.mix()
+    assert mixing.take()[2] == 'MixUp and CutMix have both mixed the items of a batch: use one of them'
+    batch = Batch(Sometimes())
+    mixing = Mixing([batch.mixer])
+    found = []
+    for _ in range(4):
+        batch.mix()
+        found.append(mixing.take())
+    assert [o is None for o in found] == [False, True, False, True]
+
+def test_a_mixed_step_is_credited_to_both(tmp_path):
+    owner = Owner()
+    learn,_ = make_learner(tmp_path, owner=owner)
+    ledger = learn.item_ledger
+    ledger.begin_fit(n_items)
+    order,share = torch.tensor([1, 2, 0]),torch.tensor([0.5, 0.75, 1.])
+    owner.step = SimpleNamespace(weights=torch.tensor([0.5, 0.5, 0.]), items=torch.tensor([7, 8, 9]), mixed=(order, share, None), seen=dict(loss=torch.tensor([1., 2., 3.])))
+    ledger.after_loss()
+    owner.step = SimpleNamespace(weights=torch.ones(1), items=torch.tensor([1]), mixed=(None, None, 'they are mixed'), seen={})
+    np.testing.assert_allclose(ledger.item_weights().weight, [0.75, 1.125 + 0.75, 0.375], rtol=1e-6)
+    assert ledger.item_weights().weight.sum() == pytest.approx(3)
+    np.testing.assert_allclose(ledger.item_evidence().loss, [1., (0.75*2 + 0.5*1)/1.25, (3 + 0.25*2)/1.25], rtol=1e-6)
+    ledger.after_loss()
+    with pytest.raises(ValueError, match='they are mixed'): ledger.item_weights()
