@@ -1,13 +1,14 @@
 "The report's experiments on small folders in the layouts of the real ones: what is read when, and what comes out."
-import json, shutil, subprocess, sys
+import json, os, shutil, subprocess, sys
 from pathlib import Path
 from urllib.error import URLError
 import numpy as np, pandas as pd, pytest, torch
 
 from fastai_l2rw.studies.training import *
 from fastai_l2rw.studies.grids import *
-from fastai_l2rw.studies import cifar10, ham10000
+from fastai_l2rw.studies import cifar10, commands, ham10000
 from fastai_l2rw.studies.cifar10 import *
+from fastai_l2rw.studies.commands import l2rw_cifar10, l2rw_ham10000
 from fastai_l2rw.studies.tables import *
 from fastai_l2rw.studies.ham10000 import *
 from test_data_cifar10 import make as make_cifar10
@@ -117,8 +118,9 @@ def test_settings_do_what_they_say(cifar, tmp_path):
             assert (table.label == table.clean)[table.part != 'train'].all()
 
 def call(command, **kwargs):
-    with pytest.raises(SystemExit) as e: command(**kwargs)
-    return e.value.code
+    "The exit status of a command, or what it says is wrong."
+    try: return command(**kwargs)
+    except SystemExit as e: return e.code
 
 def test_the_command_for_cifar10(cifar, tmp_path, capsys):
     kwargs = dict(path=cifar, out=tmp_path/'out', settings='dominance 0.5,dominance 0.7,uniform 0.4', schemes='unweighted,reweighted', seeds=2, epochs=1, bs=16, lrs='0.01,0.03',
@@ -141,6 +143,82 @@ def test_the_command_for_cifar10(cifar, tmp_path, capsys):
     (dict(path=Path('nowhere')), '--path is nowhere, but must be a folder with train'), (dict(cifar10n_labels=Path('nowhere')), '--cifar10n_labels is nowhere'), (dict(jobs=0), '--jobs is 0')])
 def test_wrong_arguments_for_cifar10(cifar, tmp_path, kwargs, says):
     assert says in call(l2rw_cifar10, **dict(path=cifar, out=tmp_path/'out', dry_run=True) | kwargs)
+
+quick_cifar10 = dict(settings='dominance 0.5,dominance 0.7,dominance 0.9', schemes='unweighted,weighted sampler,reweighted', subset=0.2, epochs=15, bs=50, seeds=2,
+    lrs='0.01', jobs=min(2, os.cpu_count() or 1))
+quick_ham10000 = dict(schemes='unweighted,weighted sampler,reweighted', frozen=True, arch='efficientnet_lite0', size=96, epochs=15, seeds=2, lrs='0.001',
+    jobs=min(2, os.cpu_count() or 1), opt='sgd', schedule='constant', search_seeds=3)
+typed = dict(settings='x', schemes='y', subset=0.5, epochs=3, bs=7, seeds=5, lrs='0.2', jobs=1, arch='resnet18', size=32, opt='adam', schedule='cosine', search_seeds=1)
+
+@pytest.mark.parametrize('name,quick', [('cifar10', quick_cifar10), ('ham10000', quick_ham10000)])
+def test_quick_never_overrides_what_was_typed(monkeypatch, name, quick):
+    seen = []
+    monkeypatch.setattr(commands, 'run_study', lambda name, options: seen.append(vars(options)) or 0)
+    def options_of(*args):
+        monkeypatch.setattr(sys, 'argv', [f'l2rw_{name}', *['FOLDER']*(name == 'ham10000'), *args])
+        with pytest.raises(SystemExit): getattr(commands, f'l2rw_{name}').main()
+        return seen[-1]
+    plain,quickly = options_of(),options_of('--quick')
+    assert {k: quickly[k] for k in quick} == quick and plain['seeds'] == 3 and plain['jobs'] == 1
+    for k in quick.keys() & typed.keys():
+        for args in (['--quick', f'--{k}', str(typed[k])], [f'--{k}={typed[k]}', '--quick']):
+            assert options_of(*args) == quickly | {k: typed[k]}
+    default = options_of('--quick', '--seeds', '3', '--jobs', '1') # also where that is the default
+    assert (default['seeds'], default['jobs']) == (3, 1)
+
+def test_small_networks_get_one_thread(cifar, ham, tmp_path, monkeypatch):
+    "Unless others are asked for; large ones get what PyTorch would take."
+    seen = []
+    for module in (cifar10, ham10000): monkeypatch.setattr(module, 'run_grid', lambda *args, threads, **kwargs: seen.append(threads) or 0)
+    for kwargs in ({}, dict(net='resnet32'), dict(threads=3)): call(l2rw_cifar10, path=cifar, out=tmp_path/'out', **kwargs)
+    for kwargs in (dict(frozen=True), {}, dict(threads=3)): call(l2rw_ham10000, path=ham, out=tmp_path/'out', dry_run=True, **small, **kwargs)
+    assert seen == [1, None, 3]*2
+
+def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(ham, tmp_path, monkeypatch):
+    (tmp_path/'file').touch()
+    monkeypatch.setattr(ham10000, 'frozen_features', None)
+    assert '--out is' in (said := call(l2rw_ham10000, path=ham, out=tmp_path/'file'/'x', frozen=True, **small)) and 'must be a folder' in said
+
+def test_no_traceback_where_files_are_to_blame(monkeypatch, capsys):
+    "A full disk, say: a line and 1. Other errors are the program's, and show where. Ctrl-C is 130."
+    def raises(e):
+        def run(name, options): raise e
+        return run
+    monkeypatch.setattr(sys, 'argv', ['l2rw_demo'])
+    for error,code in ((OSError(28, 'No space left on device', 'out/demo.png'), "l2rw_demo: [Errno 28] No space left on device: 'out/demo.png'"), (KeyboardInterrupt(), 130)):
+        monkeypatch.setattr(commands, 'run_study', raises(error))
+        with pytest.raises(SystemExit) as e: commands.l2rw_demo.main()
+        assert e.value.code == code
+    assert capsys.readouterr().err == 'l2rw_demo: interrupted\n'
+    monkeypatch.setattr(commands, 'run_study', raises(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError): commands.l2rw_demo.main()
+
+def test_nobody_else_has_a_say():
+    """Warnings of other packages to programmers are not shown, here and in processes that are started; ours are. Whoever asks for
+    warnings gets them."""
+    code = """if True:
+        import subprocess, sys, warnings
+        from fastai_l2rw.studies import commands
+        def run(name, options):
+            warnings.warn('for programmers', FutureWarning)
+            warnings.warn('for you')
+            subprocess.run([sys.executable, '-c', 'import warnings; warnings.warn("for programmers of others", FutureWarning); warnings.warn("for you, too")'])
+        commands.run_study = run
+        commands.l2rw_demo.main()"""
+    said,asked = [subprocess.run([sys.executable, *o, '-c', code], capture_output=True, text=True).stderr for o in ([], ['-W', 'default'])]
+    assert 'for you' in said and 'for you, too' in said and 'for programmers' not in said and 'for programmers' in asked
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='there are no pipes of this kind')
+def test_a_reader_that_has_seen_enough(tmp_path):
+    "As | head: no traceback."
+    code = """if True:
+        from fastai_l2rw.studies import commands
+        commands.run_study = lambda name, options: [print('x'*1000) for _ in range(1000)]
+        commands.l2rw_demo.main()"""
+    run = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run.stdout.readline()
+    run.stdout.close()
+    assert run.stderr.read() == '' and run.wait() == 1
 
 def test_residual_networks_train_reweighted(cifar):
     row = train_cifar10(cell(scheme='reweighted', net='resnet32', epochs=1, subset=0.5), str(cifar), device='cpu')
@@ -240,7 +318,7 @@ def run_without_accelerate(folder, code, *args):
 
 @pytest.mark.parametrize('name', ['demo', 'cifar10', 'ham10000'])
 def test_commands_without_accelerate(tmp_path, name):
-    done = run_without_accelerate(tmp_path, f'from fastai_l2rw.studies.{name} import l2rw_{name}\nl2rw_{name}()', '--help')
+    done = run_without_accelerate(tmp_path, f'from fastai_l2rw.studies.commands import l2rw_{name}\nl2rw_{name}.main()', '--help')
     assert done.returncode == 0 and '--epochs' in done.stdout, done.stderr
 
 def test_everything_can_be_imported_without_accelerate(tmp_path):
@@ -251,14 +329,17 @@ for o in pkgutil.walk_packages(fastai_l2rw.__path__, 'fastai_l2rw.'): print(impo
     assert {'fastai_l2rw.all', 'fastai_l2rw.studies.training', 'fastai_l2rw.studies.ham10000'} <= set(done.stdout.split())
 
 def test_a_training_without_accelerate(cifar, tmp_path):
-    options = dict(path=cifar, settings='dominance 0.5', schemes='reweighted', seeds=1, epochs=1, lrs=0.01, bs=16, meta=2,
-        valid=4, device='cpu') # abbreviated: fastcore 2 spells --meta_per_class with hyphens
-    done = run_without_accelerate(tmp_path, 'from fastai_l2rw.studies.cifar10 import l2rw_cifar10\nl2rw_cifar10()',
+    options = {'path': cifar, 'settings': 'dominance 0.5', 'schemes': 'reweighted', 'seeds': 1, 'epochs': 1, 'lrs': 0.01, 'bs': 16,
+        'meta_per_class': 2, 'valid-per-class': 4, 'device': 'cpu'}
+    done = run_without_accelerate(tmp_path, 'from fastai_l2rw.studies.commands import l2rw_cifar10\nl2rw_cifar10.main()',
         *(o for k,v in options.items() for o in (f'--{k}', v)))
     assert done.returncode == 0 and 'all cells are finished' in done.stdout, done.stdout + done.stderr
+    row = json.loads((tmp_path/'l2rw_cifar10/results.jsonl').read_text())
+    assert row['cell']['meta_per_class'] == 2 and row['cell']['valid_per_class'] == 4
+    assert row['result']['threads'] == 1 and not done.stderr # a small network gets one thread; nobody else has a say on the screen
 
 def test_the_help_names_all_variants(tmp_path):
-    done = run_without_accelerate(tmp_path, 'from fastai_l2rw.studies.ham10000 import l2rw_ham10000\nl2rw_ham10000()', '--help')
+    done = run_without_accelerate(tmp_path, 'from fastai_l2rw.studies.commands import l2rw_ham10000\nl2rw_ham10000.main()', '--help')
     said = ' '.join(done.stdout.split()).replace('- ', '-') # argparse breaks lines at hyphens, too
     assert f'Schemes are {", ".join(default_schemes)}, and, for those who ask for them, right labels alone, reweighted + sampler,' in said
     for o in variants: assert o in said
