@@ -25,6 +25,7 @@ from .engines.routes import Engine
 from .fit import Checkpoint, Epoch, Fit, Step
 from .ledger import ItemLedger
 from .losses import LearnerLosses
+from .quality import CalibratedWeigher
 from .trusted import DoubtedLabels, check_meta_dl
 from .weighers import AlignmentWeigher, LossWeigher, transforms_for
 
@@ -47,8 +48,9 @@ class MetaReweightCallback(Callback):
     "Weigh each training example, in each step, by how much learning from it lowers the loss on trusted examples (Ren et al. 2018)."
     order,run_valid = Recorder.order+5,False # after the Recorder has named its columns, before others (60) read the names
     remove_on_fetch = True # as the Recorder, whose log it adds to
-    _stateattrs = ('meta_dl','this_fit') # none of it is exported
-    meta_dl = this_fit = None
+    _stateattrs = ('meta_dl','this_fit','judged') # none of it is exported
+    meta_dl = this_fit = judged = None
+    calibrate = False
     announced = False
 
     def __init__(self,
@@ -66,6 +68,7 @@ class MetaReweightCallback(Callback):
         relative:bool=False, # Divide each alignment by the length of the gradient of the example's loss at the model's output?
         smooth:float=0., # Average each item's alignments over its visits, each counting `smooth` times as much as the next; below 1
         margin:float=0., # How far an example may pull against the trusted ones before its weight is zero, in units of the batch's mean
+        calibrate:bool=False, # Weigh by how likely each label is right, too, and so reweight no more than is needed? For data with classes
         record:bool=True, # Keep what was seen of each item, for `item_weights` and `MetaInterpretation`?
     ):
         check_meta_dl(meta_dl)
@@ -165,7 +168,8 @@ def make_weigher(self:MetaReweightCallback,
     searching:bool, # Is this a search for a learning rate?
 )->AlignmentWeigher: # For a fit
     "How weights follow from alignments."
-    return AlignmentWeigher(transforms_for(self.relative, self.smooth, self.margin), self.every)
+    weigher = CalibratedWeigher if self.calibrate else AlignmentWeigher
+    return weigher(transforms_for(self.relative, self.smooth, self.margin), self.every)
 
 # %% ../nbs/11_callback.ipynb #3018fce8
 @patch
@@ -198,9 +202,10 @@ def after_step(self:MetaReweightCallback):
 
 @patch
 def after_train(self:MetaReweightCallback):
-    "Take the means of the epoch."
+    "Take the means of the epoch, and judge the labels, if that is wanted."
     if self.this_fit is None: return
-    self.this_fit.means = self.this_fit.epoch.means()
+    with self.closing_on_error(): self.this_fit.end_epoch()
+    self.judged = getattr(self.this_fit.weigher, 'quality', None)
     if self.record: self.record_of_items.note_epoch(self.epoch, dict(zip(Epoch.names, self.this_fit.means)))
 
 @patch
@@ -264,6 +269,16 @@ def item_evidence(self:MetaReweightCallback)->pd.DataFrame: # By position, as `L
     "What the model said of each training item in the last fit; raises `ValueError` if that is not known."
     if not self.record: raise ValueError('nothing has been recorded (record=False): train with record=True first')
     return self.record_of_items.item_evidence()
+
+@patch
+def label_quality(self:MetaReweightCallback)->pd.DataFrame|None: # By position, `label_quality` (0 to 1) and `suggested`; None without `calibrate`
+    "How likely the label of each training item is right, and the likeliest class, after the last fit with `calibrate=True`."
+    return None if self.judged is None or self.judged.share is None else self.judged.table()
+
+@patch
+def calibration(self:MetaReweightCallback)->pd.DataFrame|None: # `quality` and `right`; None without `calibrate`
+    "How trusted examples were judged with right and with wrong labels, after the last fit with `calibrate=True`."
+    return None if self.judged is None or self.judged.share is None else self.judged.calibration()
 
 # %% ../nbs/11_callback.ipynb #1f187239
 class MetaWeightNetCallback(MetaReweightCallback):

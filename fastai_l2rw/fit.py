@@ -24,7 +24,7 @@ from fastai.optimizer import Optimizer
 from fastai.torch_core import one_param
 from fastcore.basics import patch
 
-from .engines.passes import find_traces, forked_random, gradients, virtual_pass
+from .engines.passes import derived_seed, find_traces, forked_random, gradients, run, virtual_pass
 from .engines.routes import Aligned, Engine
 from .engines.rules import NoForwardDerivative
 from .engines.skip_zeros import acts_on_others, coupling_layer, losses_act_on_others, rows_of
@@ -32,6 +32,7 @@ from .engines.tape import OwnPass
 from .ledger import BatchItems, Mixing, evidence_of
 from .lookahead import OptimizerStep, SGDStep, bare_optimizer, check_lookahead
 from .losses import LearnerLosses, LossNotPerItem, loss_scale
+from .quality import check_has_classes
 from .reweight import effective_sample_size, meta_gradient, normalise, weighted_gradient
 from .trusted import TrustedBatches, check_labels, check_meta_dl, class_names, describe_batch, how_to_third, label_kind
 from .trusted import plain_tensors
@@ -108,6 +109,12 @@ class Step:
     def batch(self)->tuple: # `(inputs, targets)`
         "Inputs and targets as plain tensors."
         return plain_tensors(self.inputs),plain_tensors(self.targets)
+
+    @property
+    def output(self): # A tensor, usually
+        "What the loss is given of the model's, while the step is underway."
+        now = self.underway
+        return now.pred if now.pred is not None or now.aligned is None else now.aligned.output
 
     def output_norms(self)->Tensor: # Shape (n,)
         "Length of the gradient of each item's loss with respect to what the loss was given."
@@ -374,6 +381,12 @@ def check_skippable(self:Fit):
 
 # %% ../nbs/10_fit.ipynb #bf0b5a45
 @patch
+def end_epoch(self:Fit):
+    "End an epoch of training: take its means, and let the weigher draw its conclusions."
+    self.means = self.epoch.means()
+    if hasattr(self.weigher, 'end_epoch') and not self.searching: self.weigher.end_epoch(self)
+
+@patch
 def begin_epoch(self:Fit,
     epoch:int, # Its number
 ):
@@ -406,6 +419,26 @@ def meta_gradient_at(self:Fit,
             self.model, self.losses.trusted, step.meta_batch, at, self.autocast(), self.changing)
     self.epoch.add(meta_loss=step.meta_loss)
     return gradient
+
+@patch
+def trusted_log_probs(self:Fit,
+    n_classes:int, # Number of classes that the model tells of
+    times:int=3, # Number of passes, each with other random numbers, whose mean is taken
+)->tuple[Tensor,Tensor]: # Logarithms of the probabilities of the classes, shape (m, n_classes), and the labels, shape (m,)
+    "What the model, in the mode in which it trains, says of the trusted examples; raises `ValueError` if they have no such classes."
+    said,labels = [],[]
+    with naming(self.describe_trusted):
+        for batch in self.trusted.once():
+            self.meta_batch = batch
+            def pass_(k):
+                seed = (derived_seed(self.device) + k) % 2**32
+                with torch.no_grad(), virtual_pass(self.model, seed, self.autocast(), changing=self.changing):
+                    output = self.losses.of_output(run(self.model, batch[0]))
+                check_has_classes(output, batch[1])
+                return output.float().log_softmax(1)
+            said.append(torch.stack([pass_(k) for k in range(times)]).mean(0))
+            labels.append(batch[1][0].flatten().long())
+    return torch.cat(said),torch.cat(labels)
 
 @patch
 def weighted_gradient_of(self:Fit,

@@ -135,9 +135,8 @@ class MetaInterpretation:
 
     def label_quality(self)->pd.Series: # By position, from 0 (suspicious) to 1
         "How far each label can be believed: what the callback's `label_quality` tells, if it has one, or else `self_confidence`."
-        ask = getattr(self.reweight, 'label_quality', None)
-        found = ask() if ask is not None else None
-        return self_confidence(self.ledger.item_evidence()) if found is None else pd.Series(found, name='label_quality')
+        found = self.reweight.label_quality()
+        return self_confidence(self.ledger.item_evidence()) if found is None else found.label_quality
 
     def table(self,
         by:str|None=None, # Most suspicious first: 'label_quality' (the lowest) or 'loss' (the largest); default: in the order of the items
@@ -418,15 +417,16 @@ def plot_ess(self:MetaInterpretation,
 
 @patch
 def plot_quality(self:MetaInterpretation,
+    n_groups:int=5, # Number of groups between 0 and 1
     ax:Axes|None=None, # Where to draw
     figsize:tuple|None=None, # Width and height in inches, if there is no `ax`
 )->Axes: # With one line and the diagonal
     "Plot how often labels of a quality are right, among the trusted; raises `ValueError` if the quality has not been calibrated on these."
-    ask = getattr(self.reweight, 'calibration', None)
-    df = ask() if ask is not None else None
+    df = self.reweight.calibration()
     if df is None: raise ValueError(
         'label_quality has not been calibrated: what table() has is how probable the model itself finds each label, and not the share '
-        'of such labels that are right. That needs a callback which judges trusted examples, too, and tells of it by `calibration`')
+        'of such labels that are right. Train with MetaReweightCallback(meta_dl, calibrate=True)')
+    df = df.groupby((df.quality*n_groups).clip(upper=n_groups - 1).astype(int)).mean()
     ax = _axes(ax, figsize or (5, 5))
     ax.plot([0, 1], [0, 1], color='0.4', linewidth=1, linestyle='--', label='as it should be')
     ax.plot(df.quality, df.right, **_style(0), label='trusted examples')

@@ -151,6 +151,12 @@ def _robust(dls, loss_func, meta_dl, **kwargs):
     "relative alignment with trusted examples; rare classes are drawn more often"
     return dict(dls=weighted_sampler(dls), loss_func=loss_func, cbs=[MetaReweightCallback(meta_dl, **robust_options | kwargs)])
 
+@register_scheme('calibrated', learns=True, source='this package, after Ren et al., ICML 2018, and Saerens et al. 2002')
+@delegates(MetaReweightCallback)
+def _calibrated(dls, loss_func, meta_dl, **kwargs):
+    "how likely a label is right, balanced over the classes, and alignment with trusted examples as far as labels are wrong"
+    return dict(dls=dls, loss_func=loss_func, cbs=[MetaReweightCallback(meta_dl, **dict(calibrate=True) | kwargs)])
+
 @register_scheme('meta-weight-net', learns=True, source='MetaWeightNetCallback; Shu et al., NeurIPS 2019')
 @delegates(MetaWeightNetCallback)
 def _meta_weight_net(dls, loss_func, meta_dl, **kwargs):

@@ -424,9 +424,16 @@ class TrustedBatches:
         elif dl is not self.dl: dl = _with_cache(dl, self.cache)
         self.batches = _endless(dl)
 
+    def once(self)->Iterator: # Batches
+        "The batches of one pass over the loader, in a new order; `begin` another epoch afterwards."
+        self.begin(self.epoch)
+        self.passed = False
+        while not self.passed: yield next(self)
+
     def __next__(self):
         self.n_read += 1
         with self._forked(): passed,b = next(self.batches)
+        self.passed = passed # is the first pass over with it?
         xb,yb = plain_tensors(to_device(_split_batch(b, self.n_inp), self.device))
         if self.like is not None: check_labels(yb, self.like)
         if self.label_map is not None: yb = self._mapped(yb)
