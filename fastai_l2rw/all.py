@@ -8,6 +8,7 @@ from fastai_l2rw.schemes import *
 from fastai_l2rw.metrics import *
 from fastai_l2rw.interpret import *
 from fastai_l2rw.data.core import *
+from fastai_l2rw.data.checked import *
 from fastai_l2rw.data.folders import *
 from fastai_l2rw.data.cifar10 import *
 from fastai_l2rw.data.ham10000 import *

@@ -25,7 +25,7 @@ from .engines.routes import Engine
 from .fit import Checkpoint, Epoch, Fit, Step
 from .ledger import ItemLedger
 from .losses import LearnerLosses
-from .trusted import check_meta_dl
+from .trusted import DoubtedLabels, check_meta_dl
 from .weighers import AlignmentWeigher, LossWeigher, transforms_for
 
 # %% ../nbs/11_callback.ipynb #4c8df95a
@@ -82,7 +82,7 @@ class MetaReweightCallback(Callback):
         self.meta_dl,self.was_given = meta_dl,meta_dl is not None
         self.routes = Engine(engine, separate=skip_zeros)
         self.record_of_items = ItemLedger(self)
-        self.companions = _BeforePass(self),_AfterLoss(self),self.record_of_items
+        self.companions = _BeforePass(self),_AfterLoss(self),self.record_of_items,DoubtedLabels(self)
 
 # %% ../nbs/11_callback.ipynb #5159115f
 def check_choices(

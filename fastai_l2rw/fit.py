@@ -33,7 +33,8 @@ from .ledger import BatchItems, Mixing, evidence_of
 from .lookahead import OptimizerStep, SGDStep, bare_optimizer, check_lookahead
 from .losses import LearnerLosses, LossNotPerItem, loss_scale
 from .reweight import effective_sample_size, meta_gradient, normalise, weighted_gradient
-from .trusted import TrustedBatches, check_labels, check_meta_dl, class_names, describe_batch, label_kind, plain_tensors
+from .trusted import TrustedBatches, check_labels, check_meta_dl, class_names, describe_batch, how_to_third, label_kind
+from .trusted import plain_tensors
 from .weighers import output_gradient_norms
 
 # %% ../nbs/10_fit.ipynb #35bd1cf2
@@ -263,7 +264,7 @@ class Fit:
             return third.dl if type(third).__name__ == 'DistributedDL' else third # each process reads all trusted examples
         raise ValueError(
             f'meta_dl=None, and learn.dls has {len(loaders)} loaders, of which the third would have been taken. Pass a loader '
-            f'of trusted, labelled examples, {type(owner).__name__}(meta_dl), or give your DataBlock a splitter that makes three parts.')
+            f'of trusted, labelled examples, {type(owner).__name__}(meta_dl), or {how_to_third(dls)}.')
 
     def find_parameters(self):
         "Those to look ahead along, which can change from one epoch to the next; raises `ValueError` or `TypeError` if there are none."

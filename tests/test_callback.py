@@ -630,7 +630,7 @@ def test_removing_and_adding_between_fits(make_learner, used):
 def test_comes_and_goes_as_one(make_learner, used):
     "The callback brings a second one along, which applies the weights."
     def names(learn): return sorted(type(cb).__name__ for cb in learn.cbs if type(cb).__module__.startswith('fastai_l2rw'))
-    both = ['ItemLedger', 'MetaReweightCallback', '_AfterLoss', '_BeforePass']
+    both = ['DoubtedLabels', 'ItemLedger', 'MetaReweightCallback', '_AfterLoss', '_BeforePass']
     learn = make_learner(cb := MetaReweightCallback())
     with learn.removed_cbs(list(learn.cbs)): assert names(learn) == []
     assert names(learn) == both

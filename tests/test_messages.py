@@ -60,7 +60,8 @@ KINDS = {
         one + "pass the one that has these, such as meta_dl.loaders[2]; "
         "of the Learner's own loaders, the third is the default, and need not be passed"),
     'two loaders': (lambda: make_dls(2), 'DataLoaders of 2 loaders',
-        one + 'make one with meta_dl.test_dl(items, with_labels=True), or pass meta_dl.train if all of its examples are trusted'),
+        one + 'make one of examples whose labels have been checked, with meta_dl.test_dl(items, with_labels=True), '
+        'or take them out of the training part, with hold_out_meta(meta_dl, trusted=items)'),
     'a folder': (lambda: 'checked', "str, 'checked'", of_files),
     'a Path': (lambda: Path('checked'), f"{a_path}, 'checked'", of_files),
     'files': (lambda: [Path('a.png'), Path('b.png')], f'list of 2 elements, the first of type {a_path}', of_these),
@@ -184,15 +185,14 @@ def test_a_loader_that_is_training_and_validation():
 
 # ---- another vocab
 
-def test_a_class_less_shifts_the_labels():
-    "The warning of a lacking class would name another one."
+def test_a_class_less_shifts_no_label():
+    "Labels are mapped by name, and the warning of a lacking class names the right one."
     dls,fewer = letters('abcabc').dataloaders(bs=2),letters('acaca').dataloaders(bs=2)
-    with pytest.raises(ValueError) as e: check_meta_dl(fewer.valid, dls)
-    assert str(e.value) == ('meta_dl has other classes than learn.dls, 2 (a, c) and not 3 (a, b, c), '
-        'so that the number 1 means c in the one and b in the other. '
-        'Make it with learn.dls.test_dl(items, with_labels=True), which numbers them as learn.dls does')
-    unchecked = TrustedBatches(fewer.valid, cpu, classes=class_names(dls))
-    with pytest.warns(UserWarning, match='meta_dl has no example of c:'): next(unchecked) # it is b
+    check_meta_dl(fewer.valid, dls)
+    with pytest.warns(UserWarning, match='meta_dl has the classes a, c, and learn.dls numbers them as a, b, c: labels .* mapped by name'):
+        batches = TrustedBatches(fewer.valid, cpu, classes=class_names(dls))
+    with pytest.warns(UserWarning, match='meta_dl has no example of b:'): (xb,),(yb,) = next(batches)
+    assert torch.equal(xb, yb + ord('a')) and set(yb.tolist()) == {0, 2}
     right = dls.test_dl(list('acac'), with_labels=True)
     check_meta_dl(right, dls)
     batches = TrustedBatches(right, cpu, classes=class_names(dls))
@@ -207,18 +207,51 @@ def with_vocab(*vocab):
     return dls
 
 @pytest.mark.parametrize('got,want,message', [
-    (('cat', 'dog'), ('dog', 'cat'), 
-        r'classes than learn.dls, 2 \(cat, dog\) and not 2 \(dog, cat\), so that the number 0 means cat in the one and dog in'),
-    (('cat',), ('cat', 'dog'), 'the number 1 means nothing in the one and dog in the other'),
-    (('cat', 'dog', 'eel'), ('cat', 'dog'), 'the number 2 means eel in the one and nothing in the other'),
-    (range(100), [*range(98), 99, 98],
+    (('cat', 'dog', 'eel'), ('cat', 'dog'), 'the number 2 means eel in the one and nothing in the other: eel is none of the classes'),
+    (('cat', 'fox'), ('dog', 'cat'),
+        r'classes than learn.dls, 2 \(cat, fox\) and not 2 \(dog, cat\), so that the number 0 means cat in the one and dog in'),
+    (range(100), [*range(98), 99, 100],
         r'100 \(0, 1, 2, 3, …\) and not 100 \(0, 1, 2, 3, …\), so that the number 98 means 98 in the one and 99'),
-    ((['the', 'a'], ['bad', 'good']), (['the', 'a'], ['good', 'bad']), 'other classes'),
+    (('cat', 'cat'), ('cat', 'dog'), 'two are called cat'),
+    ((['the', 'a'], ['bad', 'good']), (['the', 'a'], ['good', 'worse']), 'other classes'),
     ((['the', 'a'], ['bad', 'good']), (['a', 'the'], ['bad', 'good']), 'other names'),
-    (('bad',), (['a', 'the'], ['bad', 'good']), 'other classes'),
+    ((['the', 'a'], ['bad', 'good']), (['a', 'the'], ['good', 'bad']), 'other names'),
+    (('fox',), (['a', 'the'], ['bad', 'good']), 'other classes'),
 ])
 def test_another_vocab(got, want, message):
     with pytest.raises(ValueError, match=message): check_meta_dl(Vocab(*got), with_vocab(*want))
+
+@pytest.mark.parametrize('got,want', [
+    (('cat', 'dog'), ('dog', 'cat')),
+    (('cat',), ('dog', 'cat')),
+    (range(4), [3, 2, 0, 1]),
+    ((['the', 'a'], ['bad', 'good']), (['the', 'a'], ['good', 'bad'])),
+    (('bad',), (['a', 'the'], ['good', 'bad'])),
+])
+def test_classes_are_mapped_by_name(got, want):
+    dl,dls = Vocab(*got),with_vocab(*want)
+    check_meta_dl(dl, dls)
+    theirs,ours = class_names(dl),class_names(dls)
+    dl = TorchLoader(TensorDataset(x, y % len(theirs)), 8)
+    dl.vocab = got
+    with pytest.warns(UserWarning, match='mapped by name'): batches = TrustedBatches(dl, cpu, classes=ours)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        (xb,),(yb,) = next(batches)
+    given = [(y % len(theirs))[(x == o).flatten(1).all(1)][0].item() for o in xb]
+    assert [str(ours[i]) for i in yb] == [str(theirs[i]) for i in given]
+    assert yb.dtype == y.dtype
+
+@pytest.mark.parametrize('labels,message', [
+    (torch.eye(2)[y % 2], r'labels are of shape \(24, 2\) and not one whole number for each item'),
+    (y % 2 + 1, 'labels of meta_dl must be from 0 to 1, since it has 2 classes, but are from 1 to 2'),
+    (y % 2 - 1, 'must be from 0 to 1, since it has 2 classes, but are from -1 to 0'),
+])
+def test_labels_that_can_not_be_mapped(labels, message):
+    batches = [(x, labels)]
+    class Named(list): vocab = ('dog', 'cat')
+    with pytest.warns(UserWarning, match='mapped by name'): batches = TrustedBatches(Named(batches), cpu, classes=('cat', 'dog'))
+    with pytest.raises(ValueError, match=message): next(batches)
 
 @pytest.mark.parametrize('got,want', [(('cat', 'dog'), ('cat', 'dog')), ((0, 1), ('0', '1')), ((np.str_('a'), 'b'), ('a', 'b'))])
 def test_the_same_vocab(got, want): check_meta_dl(Vocab(*got), with_vocab(*want))

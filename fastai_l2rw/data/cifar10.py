@@ -57,7 +57,7 @@ def cifar10_table(
     else:
         df = df[:n_train]
         splitter = BalancedSplitter(valid_per_class, 'clean', seed=seed)
-    if meta_per_class != 0: splitter = MetaSplitter(splitter, meta_per_class, 'clean', seed=seed)
+    if meta_per_class != 0: splitter = MetaSplitter(splitter, meta_per_class, 'clean', checked=True, seed=seed)
     parts = [list(o) for o in splitter(df)]
     skew = {k: v for k,v in dict(dominance=dominance, dominant=dominant, tail=tail, step=step).items() if v is not None}
     if skew: parts[0] = imbalance(df.clean, among=parts[0], seed=seed, **skew)

@@ -159,7 +159,7 @@ def ham10000_table(
     groups = 'lesion' if by_lesion else None
     test = _test_part(df, test_share, 'lesion' if by_lesion else 'image')
     splitter = BalancedSplitter(valid_per_class, 'label', groups=groups, seed=seed)
-    if meta_per_class != 0: splitter = MetaSplitter(splitter, meta_per_class, 'label', groups=groups, seed=seed)
+    if meta_per_class != 0: splitter = MetaSplitter(splitter, meta_per_class, 'label', groups=groups, checked=True, seed=seed)
     rest,part = np.flatnonzero(~test),np.where(test, 'test', '').astype(object)
     for name,o in zip(('train', 'valid', 'meta'), splitter(df.iloc[rest].reset_index(drop=True))): part[rest[list(o)]] = name
     label = df.label.to_numpy()
