@@ -1,5 +1,5 @@
 "CIFAR-10: counts, wrong labels, human labels, and loaders that give what fastai's own give."
-import pickle, shutil, warnings
+import os, pickle, shutil, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.basics import CrossEntropyLossFlat, Learner, accuracy, load_learner, noop
@@ -263,3 +263,10 @@ def test_tables_of_labels(clean, tmp_path):
     with pytest.raises(ValueError, match='has no label for 349 of 350 items|has no label for 350 of 350 items'): cifar10_table(clean, noise=cifar10n(tmp_path/'x.csv'))
     (tmp_path/'x.csv').write_text('path,worse\ntrain/cat/0001.png,dog\ntrain/cat/0001.jpg,cat\n')
     with pytest.raises(ValueError, match='has different labels for 1 items: train/cat/0001'): cifar10_table(clean, noise=cifar10n(tmp_path/'x.csv'))
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='there are no pipes')
+def test_a_pipe_among_the_images(clean, tmp_path):
+    "It is named, and not waited for."
+    shutil.copytree(clean, tmp_path/'c')
+    os.mkfifo(tmp_path/'c/train/cat/pipe.png')
+    with pytest.raises(ValueError, match='it is no file, but a pipe, a device or the like: train/cat/pipe.png'): cifar10_dls(tmp_path/'c')

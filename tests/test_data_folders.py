@@ -1,11 +1,14 @@
 "Images and tables of any kind."
+import gzip, os, sys, tracemalloc
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.torch_core import TensorImage
 from fastai.vision.core import PILImage
 from PIL import Image
 
-from fastai_l2rw.data.folders import OpenRGB, check_images, image_files, image_problems, labels_from_csv, open_rgb, read_table
+from fastai_l2rw.data import folders
+from fastai_l2rw.data.folders import OpenRGB, check_images, image_files, image_problems, labels_from_csv, only_usable, open_rgb, read_table
+from fastai_l2rw.data.ham10000 import verify
 
 noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 grey = noise[..., 0]
@@ -76,3 +79,59 @@ def test_tables_keep_names_as_they_are(tmp_path):
     (tmp_path/'t.csv').write_text('id,note\n007,"a, b"\nNA,None\n1e5,\n')
     df = read_table(tmp_path/'t.csv')
     assert df.id.tolist() == ['007', 'NA', '1e5'] and df.note.tolist()[:2] == ['a, b', 'None'] and pd.isna(df.note[2])
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='there are no pipes')
+def test_pipes_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path/'x.png')
+    assert image_problems(tmp_path/'x.png') == [('it is no file, but a pipe, a device or the like', False)]
+    for o in (tmp_path/'x.png', str(tmp_path/'x.png')):
+        with pytest.raises(ValueError, match="x.png can't be read: it is no file, but a pipe"): open_rgb(o)
+    (tmp_path/'link.png').symlink_to('/dev/zero')
+    with pytest.raises(ValueError, match="link.png can't be read: it is no file"): open_rgb(tmp_path/'link.png')
+
+@pytest.mark.skipif(sys.platform in ('win32', 'darwin'), reason='file names are text there')
+@pytest.mark.parametrize('names', [[b'a\\b.png', b'c.png'], [b'\xe4.png', 'ä.png'.encode(), b'\xff\xfe.png'], [b' x.png', b'y .png', b'z, "q".png'],
+    [b'd\\e.png', b'd/e.png']])
+def test_lists_of_files_with_odd_names(tmp_path, names):
+    "What is saved can be read back: backslashes, bytes that are no UTF-8, spaces, commas and quotes."
+    folder = tmp_path/'images'
+    for o in names:
+        file = folder/os.fsdecode(o)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise).save(file, format='png')
+    files = image_files(folder)
+    (folder/'broken.png').write_bytes(b'x')
+    problems = verify(folder, save=tmp_path/'usable.csv', progress=False)
+    assert problems.item.tolist() == [folder/'broken.png']
+    assert only_usable(image_files(folder), folder, tmp_path/'usable.csv') == files and len(files) == len(names)
+
+def test_lists_from_elsewhere(tmp_path):
+    "With backslashes between folders, as Windows has them, and in the encoding of an old spreadsheet."
+    for o in ('a/x.png', 'a/ä.png'):
+        (tmp_path/'i'/o).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/'i'/o).touch()
+    (tmp_path/'l.csv').write_bytes('item\na\\x.png\na\\ä.png\n'.encode('latin-1'))
+    files = image_files(tmp_path/'i')
+    assert only_usable(files, tmp_path/'i', tmp_path/'l.csv') == files and len(files) == 2
+
+def test_large_tables_are_read_in_pieces(tmp_path, monkeypatch):
+    "A packed table does not take many times its size in memory, and one that is too large to be meant is refused."
+    lines = (f'HAM_{i:07},ISIC_{i:07},nv,histo,45.0\n' for i in range(120_000))
+    with gzip.open(tmp_path/'t.gz', 'wt', compresslevel=1) as f: size = f.write('lesion_id,image_id,dx,dx_type,age\n' + ''.join(lines))
+    tracemalloc.start()
+    df = read_table(tmp_path/'t.gz', ['dx'])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(df) == 120_000 and df.image_id[119_999] == 'ISIC_0119999' and peak < 7*size
+    monkeypatch.setattr(folders, '_largest_table', 2**20)
+    with pytest.raises(ValueError, match="can't be read as a table: it has more than 1 MB, unpacked, which is too large to be meant"): read_table(tmp_path/'t.gz')
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'latin-1'])
+@pytest.mark.parametrize('at', [0, 2**20 - 6, 2**20 - 5, 2**20 - 4])
+def test_encodings_of_tables(tmp_path, encoding, at):
+    "Also where a letter of two bytes is at the end of a piece."
+    text = 'a,b\n' + ('x'*(at - 5) + ',\n' if at else '') + 'ä,ö\n'
+    (tmp_path/'t.csv').write_bytes(text.encode(encoding))
+    assert read_table(tmp_path/'t.csv').iloc[-1].tolist() == ['ä', 'ö']
+    with open(tmp_path/'t.gz', 'wb') as f: f.write(gzip.compress(text.encode(encoding), 1)[:-4])
+    with pytest.raises(ValueError, match="can't be read as a table"): read_table(tmp_path/'t.gz') # cut off

@@ -1,8 +1,9 @@
 "The demo: its data, its command, and what it leaves on disk."
-import subprocess, sys
-import numpy as np, pandas as pd, pytest
+import json, os, signal, subprocess, sys
+import numpy as np, pandas as pd, pytest, torch
 from sklearn.datasets import load_digits
 
+from fastai_l2rw.studies.commands import l2rw_demo
 from fastai_l2rw.studies.demo import *
 from fastai_l2rw.studies import demo
 
@@ -59,29 +60,104 @@ def test_results_table():
     assert table.loc['balanced accuracy', 'unweighted'] == '30.0 ± 14.1' and table.loc['seconds', 'reweighted'] == '5.0 ± 0.0'
     assert results_table(results[results.seed == 0], 0).loc['balanced accuracy', 'unweighted'] == '20.0'
 
-def command(*args, cwd):
-    code = 'import sys; from fastai_l2rw.studies.demo import l2rw_demo; sys.argv[0] = "l2rw_demo"; l2rw_demo()'
-    script = cwd/'l2rw_demo'
-    script.write_text(f'#!{sys.executable}\n{code}\n')
-    return subprocess.run([sys.executable, str(script), *args], cwd=cwd, capture_output=True, text=True)
+def start(*args, cwd):
+    code = 'from fastai_l2rw.studies.commands import l2rw_demo; l2rw_demo.main()'
+    (cwd/'run.py').write_text(code)
+    return subprocess.Popen([sys.executable, str(cwd/'run.py'), *args], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True)
+
+def rows(folder): return [json.loads(o)['result'] for o in (folder/'results.jsonl').read_text().splitlines()]
 
 def test_command(tmp_path):
-    done = command('--seed', '4', '--seeds', '2', '--epochs', '1', '--out', 'a/b', cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    run = start('--seed', '4', '--seeds', '2', '--epochs', '1', '--out', 'a/b', cwd=tmp_path)
+    out,err = run.communicate()
+    assert run.returncode == 0 and not err # nobody else has a say on the screen
     results = pd.read_csv(tmp_path/'a/b/results.csv')
     assert list(zip(results.seed, results.scheme)) == [(s, o) for s in (4, 5) for o in schemes]
     assert np.allclose(results.filter(like='recall_').mean(axis=1), results.balanced_accuracy)
-    assert (tmp_path/'a/b/demo.png').read_bytes()[:4] == b'\x89PNG' and 'figure: a/b/demo.png' in done.stdout
-    assert 'balanced accuracy' in done.stdout and '±' in done.stdout and '100.00%' in done.stdout
+    assert (tmp_path/'a/b/demo.png').read_bytes()[:4] == b'\x89PNG' and 'figure: a/b/demo.png' in out
+    assert 'balanced accuracy' in out and '±' in out and '8 of 8: seed 5, trusted alone: ' in out
+    assert '\r' not in out # lines, for log files
+
+def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    run = start('--seeds', '1', '--epochs', '2000', '--out', 'out', cwd=tmp_path)
+    for line in run.stdout:
+        if line.startswith('301 training digits'): break
+    os.killpg(run.pid, signal.SIGINT) # as a terminal does
+    out,err = run.communicate(timeout=60)
+    assert (run.returncode, err) == (130, 'l2rw_demo: interrupted\n')
+    assert 'interrupted: 0 of 4 trainings are kept in out, and the same command goes on from there' in out
+    calls,original = [],demo.train_scheme
+    def train(data, scheme, *args):
+        calls.append(scheme)
+        if len(calls) == 3: raise KeyboardInterrupt
+        return original(data, scheme, *args)
+    monkeypatch.setattr(demo, 'train_scheme', train)
+    options = dict(seeds=1, epochs=2, out=tmp_path/'out')
+    with pytest.raises(KeyboardInterrupt): l2rw_demo(**options)
+    assert '2 of 4 trainings are kept' in capsys.readouterr().out and len(rows(tmp_path/'out')) == 2
+    assert l2rw_demo(**options) == 0 and calls == [*schemes[:3], *schemes[2:]]
+    assert pd.read_csv(tmp_path/'out/results.csv').scheme.tolist() == list(schemes)
+    assert '1 of 4: seed 0, unweighted: ' in (out := capsys.readouterr().out) and out.count('done before') == 2
+    l2rw_demo(**options | dict(epochs=1)) # other options are other trainings
+    assert len(calls) == 9
+
+def test_figures_do_not_depend_on_the_number_of_threads(tmp_path, monkeypatch):
+    original,seen = demo.train_scheme,[]
+    def train(*args):
+        seen.append(torch.get_num_threads())
+        return original(*args)
+    monkeypatch.setattr(demo, 'train_scheme', train)
+    found = []
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        try:
+            l2rw_demo(seeds=1, epochs=2, out=tmp_path/str(n))
+            assert torch.get_num_threads() == n
+        finally: torch.set_num_threads(1)
+        found.append(pd.read_csv(tmp_path/str(n)/'results.csv').drop(columns='seconds'))
+    assert seen == [1]*8 and found[0].equals(found[1])
+
+def test_nothing_is_lost(tmp_path, monkeypatch):
+    "On a full disk, and where the file of results has something else in it."
+    write,n = os.write,[0]
+    def full(fd, data):
+        n[0] += 1
+        return write(fd, data if n[0] < 3 else data[:5])
+    monkeypatch.setattr(demo, 'train_scheme', lambda data, scheme, seed, epochs: (dict(scheme=scheme, seed=seed, balanced_accuracy=0.5, recall_0=0.5, seconds=1.), None))
+    options = dict(seeds=1, epochs=1, out=tmp_path/'out')
+    monkeypatch.setattr(os, 'write', full)
+    with pytest.raises(SystemExit, match='is the disk full.*2 of 4 trainings are kept in .*, and the same command goes on'): l2rw_demo(**options)
+    monkeypatch.setattr(os, 'write', write)
+    file = tmp_path/'out/results.jsonl'
+    good = b''.join(file.read_bytes().splitlines(keepends=True)[:2])
+    file.write_bytes(broken := good + b'rubbish\n')
+    with pytest.raises(SystemExit, match="whose results can't be read: line 3 of .* Nothing was changed"): l2rw_demo(**options)
+    assert file.read_bytes() == broken
 
 @pytest.mark.parametrize('args,message', [(['--seeds', '0'], '--seeds is 0, but must be 1 or more'), (['--epochs', '-1'], '--epochs is -1'),
     (['--dominance', '0.05'], "dominance=0.05 can't be reached"), (['--noise', '2'], 'noise=2.0 must be a share'), (['--trusted', '0'], 'trusted_per_class=0 must be'),
     (['--dominance', '1'], 'dominance=1.0 must be a share'),
-    (['--out', 'l2rw_demo'], '--out is l2rw_demo, but must be a folder')])
-def test_wrong_arguments(args, message, tmp_path):
-    done = command(*args, cwd=tmp_path)
-    assert done.returncode == 1 and message in done.stderr and 'Traceback' not in done.stderr
+    (['--out', 'l2rw_demo'], '--out is l2rw_demo, but must be a folder'), (['--out', 'l2rw_demo/x'], '--out is l2rw_demo/x, but must be a folder')])
+def test_wrong_arguments(args, message, tmp_path, monkeypatch):
+    "Exit status 1 and a line: Python makes these of a SystemExit with a text."
+    (tmp_path/'l2rw_demo').touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['l2rw_demo', *args])
+    with pytest.raises(SystemExit) as e: l2rw_demo.main()
+    assert isinstance(e.value.code, str) and message in e.value.code and '\n' not in e.value.code
 
-def test_help(tmp_path):
-    done = command('--help', cwd=tmp_path)
-    assert done.returncode == 0 and all(o in done.stdout for o in ('--seed ', '--seeds', '--epochs', '--dominance', '--noise', '--trusted', '--out'))
+def test_help_comes_at_once(tmp_path):
+    "Without PyTorch and fastai, which take seconds to load; what takes them says so first."
+    run = start('--help', cwd=tmp_path)
+    out,_ = run.communicate()
+    assert run.returncode == 0 and all(o in out for o in ('--seed ', '--seeds', '--epochs', '--dominance', '--noise', '--trusted', '--out'))
+    code = """if True:
+        import sys
+        from fastai_l2rw.studies import commands
+        slow = lambda: [o for o in ('torch', 'fastai', 'numpy', 'pandas', 'matplotlib') if o in sys.modules]
+        print(slow())
+        commands.import_module = lambda name: print(name, slow())
+        commands.l2rw_cifar10(quick=True)"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ['[]', 'loading PyTorch and fastai, which takes some seconds', 'fastai_l2rw.studies.cifar10 []']

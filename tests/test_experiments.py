@@ -1,5 +1,5 @@
 "Grids of trainings: nothing is lost or repeated, whatever happens, and no scheme gets more than another."
-import json, os, signal, subprocess, sys, time
+import builtins, json, os, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.basics import Learner
@@ -26,6 +26,10 @@ def fake(cell):
     return dict(valid_balanced_accuracy=valid) | (dict(balanced_accuracy=1 - valid) if cell['stage'] == 'final' else {})
 
 def read(out): return [json.loads(o) for o in (Path(out)/'results.jsonl').read_text().splitlines()]
+def read_rows(out):
+    "Those of whole lines."
+    return [json.loads(o) for o in (Path(out)/'results.jsonl').read_text().splitlines(keepends=True) if o.endswith('\n')]
+
 def check_complete(grid, out):
     "Each cell of the grid is in the file, once."
     results = Results(out)
@@ -62,6 +66,31 @@ def test_a_full_disk(tmp_path, monkeypatch):
     results.add(dict(seed=1), {})
     assert len(read(tmp_path)) == 2
 
+def test_rows_of_another_process_are_never_dropped(tmp_path):
+    "One that has read the file before they were written, and goes on later; locks do not work on all file systems."
+    first,second = Results(tmp_path),Results(tmp_path)
+    for i in range(8): first.add(dict(seed=i), {})
+    before = first.file.read_bytes()
+    with pytest.raises(OSError, match='has been written to by another process'): second.add(dict(seed=9), {})
+    assert first.file.read_bytes() == before
+    first.file.write_bytes(before[:20])
+    with pytest.raises(OSError, match='has been written to by another process'): first.add(dict(seed=9), {})
+    assert first.file.read_bytes() == before[:20]
+
+def test_the_table_is_whole(tmp_path, monkeypatch):
+    "If it can't be written, that of last time stays."
+    results = Results(tmp_path)
+    results.add(dict(seed=0), {})
+    results.to_csv()
+    before = (tmp_path/'results.csv').read_bytes()
+    results.add(dict(seed=1), {})
+    def full(self, file, **kwargs):
+        Path(file).write_text('seed')
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(pd.DataFrame, 'to_csv', full)
+    with pytest.raises(OSError, match='No space left'): results.to_csv()
+    assert (tmp_path/'results.csv').read_bytes() == before and {o.name for o in tmp_path.iterdir()} == {'results.csv', 'results.jsonl'}
+
 @pytest.mark.parametrize('text', ['\n', 'x\n', '[1]\n', '{"cell": 1}\n{}\n'])
 def test_a_file_of_something_else(tmp_path, text):
     (tmp_path/'results.jsonl').write_text(text)
@@ -96,13 +125,14 @@ def test_the_test_set_has_no_say(tmp_path):
     assert all(o == [0.1, 0.2] for o in budget)
 
 @pytest.mark.parametrize('after', range(0, n_search + n_final, 3))
-def test_interrupted_runs_go_on(tmp_path, after):
+def test_interrupted_runs_go_on(tmp_path, after, capsys):
     grid,calls = make_grid_of(),[]
     def train(cell):
         calls.append(cell_key(cell))
         if len(calls) == after + 1: raise KeyboardInterrupt
         return fake(cell)
     with pytest.raises(KeyboardInterrupt): run_grid(grid, train, tmp_path)
+    assert capsys.readouterr().out.endswith(f'interrupted: {after} finished trainings are kept in {tmp_path}, and the same command goes on from there\n')
     if after: assert len(pd.read_csv(tmp_path/'results.csv')) == after # the tables are there
     assert run_grid(grid, train, tmp_path) == 0
     assert len(calls) == n_search + n_final + 1 and calls[after] == calls[after + 1]
@@ -144,6 +174,47 @@ def test_a_failing_report(tmp_path, capsys):
     assert run_grid(make_grid_of(), fake, tmp_path, report=report) == 1
     assert 'FAILED the report: ZeroDivisionError: oh' in capsys.readouterr().out and len(read(tmp_path)) == 20
 
+def test_a_run_that_hangs_in_its_first_words(tmp_path, monkeypatch):
+    "Another run that begins meanwhile is refused; nothing that either has done is lost."
+    said = builtins.print
+    def hang(*args, **kwargs):
+        monkeypatch.setattr(builtins, 'print', said)
+        try: run_grid(make_grid_of(seeds=[0]), fake, tmp_path)
+        except SystemExit as e: refused.append(str(e))
+        said(*args, **kwargs)
+    refused = []
+    monkeypatch.setattr(builtins, 'print', hang)
+    assert run_grid(make_grid_of(), fake, tmp_path) == 0
+    check_complete(make_grid_of(), tmp_path)
+    assert len(refused) == 1 and 'to which another run is writing' in refused[0]
+
+def test_a_disk_that_gets_full(tmp_path, monkeypatch):
+    write,n = os.write,[0]
+    def full(fd, data):
+        n[0] += 1
+        return write(fd, data if n[0] <= 5 else data[:7])
+    monkeypatch.setattr(os, 'write', full)
+    with pytest.raises(SystemExit, match=r"can't be written to: is the disk full\?. 5 finished trainings are kept in .*, and the same command goes on"):
+        run_grid(make_grid_of(), fake, tmp_path)
+    monkeypatch.setattr(os, 'write', write)
+    before = read_rows(tmp_path)
+    assert len(before) == 5 and run_grid(make_grid_of(), fake, tmp_path) == 0 and read(tmp_path)[:5] == before
+    check_complete(make_grid_of(), tmp_path)
+
+def test_folders_that_cannot_be_used(tmp_path):
+    "One line says why, and nothing is changed."
+    (tmp_path/'file').touch()
+    for out in (tmp_path/'file', tmp_path/'file'/'x'):
+        with pytest.raises(SystemExit, match=f'^--out is {out}, but must be a folder that can be written to: [^\n]*$'): run_grid(make_grid_of(), fake, out)
+    for dry_run in (False, True):
+        (tmp_path/'results.jsonl').write_text('{"cell": {}, "result": {}}\nrubbish\n')
+        with pytest.raises(SystemExit, match="whose results can't be read: line 2 of .* Nothing was changed"): run_grid(make_grid_of(), fake, tmp_path, dry_run=dry_run)
+        assert (tmp_path/'results.jsonl').read_text().endswith('rubbish\n')
+
+def test_progress_in_lines(capsys):
+    assert list(progress(range(4), 'images', every=0)) == [0, 1, 2, 3] and list(progress([5, 6], 'x')) == [5, 6]
+    assert capsys.readouterr().out.splitlines() == ['images: 25%', 'images: 50%', 'images: 75%', 'images: 100%', 'x: 100%']
+
 def test_the_report_has_the_grids_cells_only(tmp_path):
     seen = []
     def report(search, final, folder): seen.append((len(search), len(final), folder))
@@ -182,12 +253,23 @@ def test_wrong_options(kwargs, says):
 # --- several processes
 
 def slow(cell):
-    "Leaves its process id, and does what its seed says."
+    "Leaves its process id, and does what its seed says; if it is to hang, all but the first that comes hang."
     if 'pids' in cell: (Path(cell['pids'])/str(os.getpid())).touch()
     if cell['seed'] == 13: os.kill(os.getpid(), signal.SIGKILL)
     if cell['seed'] == 14: raise RuntimeError('no luck')
-    time.sleep(cell.get('seconds', 0))
+    if 'first' in cell:
+        try: Path(cell['first']).touch(exist_ok=False)
+        except FileExistsError: time.sleep(600)
     return fake(cell) | dict(threads=torch.get_num_threads())
+
+@pytest.mark.parametrize('jobs', [1, 2])
+def test_number_of_threads(jobs):
+    "As asked for, and afterwards it is what it was."
+    cells = [dict(stage='final', scheme='unweighted', lr=0.1, seed=0)]
+    before = torch.get_num_threads()
+    for n in ((2, 3) if jobs == 1 else (3,)):
+        (_,result,_), = run_cells(slow, cells, jobs, threads=n)
+        assert result['threads'] == n and torch.get_num_threads() == before
 
 def test_processes_and_their_deaths(tmp_path):
     "A process that is killed takes no other cell with it."
@@ -209,30 +291,34 @@ def alive(pid):
 script = '''
 import sys; sys.path.insert(0, {tests!r})
 from test_experiments import *
-if __name__ == '__main__': sys.exit(run_grid(make_grid_of(seconds=0.3, pids={pids!r}), slow, {out!r}, jobs=2))
+if __name__ == '__main__': sys.exit(run_grid(make_grid_of(first={first!r}, pids={pids!r}), slow, {out!r}, jobs=2))
 '''
 
 @pytest.mark.skipif(not Path('/proc').exists(), reason='looks for processes')
 @pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT])
 def test_killed_runs_leave_nobody_behind_and_go_on(tmp_path, how):
+    "The first cell is finished and the others hang, however busy the machine is."
     (tmp_path/'pids').mkdir()
-    (tmp_path/'run.py').write_text(script.format(tests=str(Path(__file__).parent), pids=str(tmp_path/'pids'), out=str(tmp_path/'out')))
-    run = subprocess.Popen([sys.executable, tmp_path/'run.py'], stdout=subprocess.PIPE, text=True)
+    paths = {o: str(tmp_path/o) for o in ('pids', 'first', 'out')}
+    (tmp_path/'run.py').write_text(script.format(tests=str(Path(__file__).parent), **paths))
+    run = subprocess.Popen([sys.executable, tmp_path/'run.py'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     for line in run.stdout:
         if 'to do' in line and 'left |' in line: break # a first cell is finished
     if how == signal.SIGINT:
         with pytest.raises(SystemExit): run_grid(make_grid_of(), fake, tmp_path/'out') # one run at a time
-    run.send_signal(how)
-    run.communicate(timeout=60)
+        os.killpg(run.pid, how) # as a terminal does, to all of them
+    else: run.send_signal(how)
+    _,err = run.communicate(timeout=120)
     assert run.returncode != 0
-    for _ in range(100):
+    if how == signal.SIGINT: assert err.count('KeyboardInterrupt') == 1 # the others are quiet, also those that have just begun
+    for _ in range(600):
         pids = [int(o.name) for o in (tmp_path/'pids').iterdir()]
         if not any(map(alive, pids)): break
         time.sleep(0.1)
     assert pids and not any(map(alive, pids)) # the second may not have begun when the first was done
     done = read(tmp_path/'out')
-    assert 1 <= len(done) < n_search + n_final
-    grid = make_grid_of(seconds=0.3, pids=str(tmp_path/'pids'))
+    assert len(done) == 1
+    grid = make_grid_of(first=paths['first'], pids=paths['pids'])
     assert run_grid(grid, fake, tmp_path/'out') == 0 and read(tmp_path/'out')[:len(done)] == done
     check_complete(grid, tmp_path/'out')
 

@@ -8,6 +8,7 @@ from fastai_l2rw.studies.training import *
 from fastai_l2rw.studies.grids import *
 from fastai_l2rw.studies import cifar10, ham10000
 from fastai_l2rw.studies.cifar10 import *
+from fastai_l2rw.studies.commands import l2rw_cifar10, l2rw_ham10000
 from fastai_l2rw.studies.tables import *
 from fastai_l2rw.studies.ham10000 import *
 from test_data_cifar10 import make as make_cifar10
@@ -117,8 +118,9 @@ def test_settings_do_what_they_say(cifar, tmp_path):
             assert (table.label == table.clean)[table.part != 'train'].all()
 
 def call(command, **kwargs):
-    with pytest.raises(SystemExit) as e: command(**kwargs)
-    return e.value.code
+    "The exit status of a command, or what it says is wrong."
+    try: return command(**kwargs)
+    except SystemExit as e: return e.code
 
 def test_the_command_for_cifar10(cifar, tmp_path, capsys):
     kwargs = dict(path=cifar, out=tmp_path/'out', settings='dominance 0.5,dominance 0.7,uniform 0.4', schemes='unweighted,reweighted', seeds=2, epochs=1, bs=16, lrs='0.01,0.03',
@@ -240,7 +242,8 @@ def run_without_accelerate(folder, code, *args):
 
 @pytest.mark.parametrize('name', ['demo', 'cifar10', 'ham10000'])
 def test_commands_without_accelerate(tmp_path, name):
-    done = run_without_accelerate(tmp_path, f'from fastai_l2rw.studies.{name} import l2rw_{name}\nl2rw_{name}()', '--help')
+    code = f'import fastai_l2rw.studies.{name}\nfrom fastai_l2rw.studies.commands import l2rw_{name}\nl2rw_{name}.main()'
+    done = run_without_accelerate(tmp_path, code, '--help')
     assert done.returncode == 0 and '--epochs' in done.stdout, done.stderr
 
 def test_everything_can_be_imported_without_accelerate(tmp_path):
@@ -251,14 +254,17 @@ for o in pkgutil.walk_packages(fastai_l2rw.__path__, 'fastai_l2rw.'): print(impo
     assert {'fastai_l2rw.all', 'fastai_l2rw.studies.training', 'fastai_l2rw.studies.ham10000'} <= set(done.stdout.split())
 
 def test_a_training_without_accelerate(cifar, tmp_path):
-    options = dict(path=cifar, settings='dominance 0.5', schemes='reweighted', seeds=1, epochs=1, lrs=0.01, bs=16, meta=2,
-        valid=4, device='cpu') # abbreviated: fastcore 2 spells --meta_per_class with hyphens
-    done = run_without_accelerate(tmp_path, 'from fastai_l2rw.studies.cifar10 import l2rw_cifar10\nl2rw_cifar10()',
+    options = {'path': cifar, 'settings': 'dominance 0.5', 'schemes': 'reweighted', 'seeds': 1, 'epochs': 1, 'lrs': 0.01, 'bs': 16,
+        'meta_per_class': 2, 'valid-per-class': 4, 'device': 'cpu'}
+    done = run_without_accelerate(tmp_path, 'from fastai_l2rw.studies.commands import l2rw_cifar10\nl2rw_cifar10.main()',
         *(o for k,v in options.items() for o in (f'--{k}', v)))
     assert done.returncode == 0 and 'all cells are finished' in done.stdout, done.stdout + done.stderr
+    row = json.loads((tmp_path/'l2rw_cifar10/results.jsonl').read_text())
+    assert row['cell']['meta_per_class'] == 2 and row['cell']['valid_per_class'] == 4
+    assert row['result']['threads'] == 1 and not done.stderr # a small network gets one thread; nobody else has a say on the screen
 
 def test_the_help_names_all_variants(tmp_path):
-    done = run_without_accelerate(tmp_path, 'from fastai_l2rw.studies.ham10000 import l2rw_ham10000\nl2rw_ham10000()', '--help')
+    done = run_without_accelerate(tmp_path, 'from fastai_l2rw.studies.commands import l2rw_ham10000\nl2rw_ham10000.main()', '--help')
     said = ' '.join(done.stdout.split()).replace('- ', '-') # argparse breaks lines at hyphens, too
     assert f'Schemes are {", ".join(default_schemes)}, and, for those who ask for them, right labels alone, reweighted + sampler,' in said
     for o in variants: assert o in said

@@ -6,9 +6,10 @@
 __all__ = ['open_rgb', 'OpenRGB', 'CategorizeColumn', 'check_images', 'labels_from_csv']
 
 # %% ../../nbs/21_data.folders.ipynb #dfc3a1ae
-import gzip, io, os, warnings
-from concurrent.futures import ThreadPoolExecutor
+import codecs, gzip, io, os, stat, warnings
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import numpy as np, pandas as pd
@@ -55,6 +56,7 @@ def open_rgb(
     "Open an image of any kind as RGB; raises `ValueError` with the file's name if that can't be done."
     if isinstance(o, (Tensor, np.ndarray, Image.Image)): return PILImage(_rgb(PILImage.create(o)))
     try:
+        if not isinstance(o, bytes) and _is_special(os.stat(o).st_mode): raise OSError('it is no file, but a pipe, a device or the like')
         with Image.open(io.BytesIO(o) if isinstance(o, bytes) else o) as im:
             if size: im.draft('RGB', (size, size))
             if im.format != 'JPEG' or 'exif' in im.info: im = ImageOps.exif_transpose(im)
@@ -62,6 +64,10 @@ def open_rgb(
     except Exception as e: # a file can be broken in ways that raise almost anything
         name = 'the image' if isinstance(o, bytes) else str(o)
         raise ValueError(f"{name} can't be read: {e}. verify(path) finds all images of a folder that can't be read") from e
+
+def _is_special(mode):
+    "Is it something that can be opened, but gives bytes when it likes, or never?"
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 def _rgb(im):
     "`im` in 8-bit RGB."
@@ -105,6 +111,7 @@ def image_problems(
     "What is wrong or unusual with an image file, which is opened for reading only."
     file = Path(file)
     try:
+        if _is_special(file.stat().st_mode): return [('it is no file, but a pipe, a device or the like', False)]
         if not file.stat().st_size: return [('the file is empty', False)]
         with Image.open(file) as im:
             notes = _notes(im, file)
@@ -179,6 +186,34 @@ def _relative(file, path):
     except (ValueError, TypeError): return str(file)
 
 # %% ../../nbs/21_data.folders.ipynb #6d15504c
+_largest_table = 2**29 # bytes, unpacked; the table of HAM10000 has half a million, and a table takes five times its size in memory
+
+@contextmanager
+def _open_table(file):
+    "A file as bytes, unpacked if it is gzipped."
+    with open(file, 'rb') as f:
+        packed = f.read(2) == b'\x1f\x8b'
+        f.seek(0)
+        yield gzip.GzipFile(fileobj=f) if packed else f
+
+def _encoding(file):
+    "The encoding of a table, found a piece at a time; raises `ValueError` for one that is too large to be meant."
+    with _open_table(file) as f:
+        piece,n = f.read(2**20),0
+        found = 'utf-16' if piece[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig'
+        decode = codecs.getincrementaldecoder('utf-8')().decode
+        while piece:
+            n += len(piece)
+            if n > _largest_table: raise ValueError(f'it has more than {_largest_table/2**20:g} MB, unpacked, which is too large to be meant')
+            if found == 'utf-8-sig':
+                try: decode(piece)
+                except UnicodeDecodeError: found = 'latin-1'
+            piece = f.read(2**20)
+        if found == 'utf-8-sig':
+            try: decode(b'', True)
+            except UnicodeDecodeError: found = 'latin-1'
+    return found
+
 def read_table(
     file:str|Path, # CSV file, which may be gzipped
     columns:Sequence=(), # Columns that must be there
@@ -187,18 +222,16 @@ def read_table(
     file = Path(file).expanduser()
     if not file.is_file(): raise FileNotFoundError(f'there is no table {str(file)!r}')
     try:
-        raw = file.read_bytes()
-        if raw[:2] == b'\x1f\x8b': raw = gzip.decompress(raw)
-        encoding = 'utf-16' if raw[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig'
-        try: text = raw.decode(encoding)
-        except UnicodeDecodeError: text = raw.decode('latin-1')
-        head = text.lstrip().split('\n', 1)[0]
+        encoding = _encoding(file)
+        with _open_table(file) as f: head = next((o for o in io.TextIOWrapper(f, encoding) if o.strip()), '')
         sep = max(',;\t', key=head.count)
-        df = pd.read_csv(io.StringIO(text), sep=sep, dtype=str, keep_default_na=False, na_values=[''], skipinitialspace=True,
-            index_col=False)
+        with _open_table(file) as f:
+            df = pd.read_csv(f, encoding=encoding, sep=sep, dtype=str, keep_default_na=False, na_values=[''], skipinitialspace=True,
+                index_col=False)
     except Exception as e: raise ValueError(f"{str(file)!r} can't be read as a table: {e}") from e
     df.columns = [str(o).strip() for o in df.columns]
-    df = df.apply(lambda o: o.str.strip().where(lambda s: s != '')).dropna(how='all').reset_index(drop=True)
+    for i in range(df.shape[1]): df.isetitem(i, df.iloc[:, i].str.strip().where(lambda s: s != '')) # a column at a time, to save memory
+    if (empty := df.isna().all(axis=1)).any(): df = df[~empty].reset_index(drop=True)
     missing = [o for o in columns if o not in df.columns]
     if missing:
         raise ValueError(f'{str(file)!r} has no column {listed(map(repr, missing), 20)}, but only {listed(map(repr, df.columns), 20)}')
@@ -233,10 +266,17 @@ def only_usable(
     "Choose the files that a table lists; raises `ValueError` if it lists one that is not there."
     if usable is None: return list(files)
     names = {_relative(o, path): o for o in files}
-    chosen = set(read_table(usable, ['item'])['item'].str.replace('\\', '/'))
+    chosen = _as_named(read_table(usable, ['item'])['item'], names)
     missing = sorted(chosen - set(names))
     if missing: raise ValueError(f'{str(usable)!r} lists {len(missing)} items that are not in {str(path)!r}: {listed(missing)}')
     return [o for name,o in names.items() if name in chosen]
+
+def _as_named(items, names):
+    """Items of a list as the files are named: a list may come from Windows, a name may have a backslash or spaces around it, and in a list
+    bytes that are no text are escaped."""
+    plain = lambda o: o.encode('utf-8', 'backslashreplace').decode().replace('\\', '/').strip()
+    alike = {plain(name): name for name in names}
+    return {o if o in names else alike.get(plain(o), o) for o in items}
 
 def save_usable(
     files:Sequence, # All files of a folder
@@ -250,4 +290,4 @@ def save_usable(
     if Path(path).resolve() in save.resolve().parents:
         raise ValueError(f'save={str(save)!r} is inside the data folder, in which nothing is ever changed: choose another place')
     bad = {str(o) for o in problems.item[~problems.usable]}
-    pd.DataFrame(dict(item=[_relative(o, path) for o in files if str(o) not in bad])).to_csv(save, index=False)
+    pd.DataFrame(dict(item=[_relative(o, path) for o in files if str(o) not in bad])).to_csv(save, index=False, errors='backslashreplace')

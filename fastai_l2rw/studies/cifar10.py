@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['nets', 'default_lrs', 'report_cnn', 'resnet32', 'cifar_resnet18', 'cifar10_settings', 'cifar10_rows',
-           'decoded_images', 'train_cifar10', 'cifar10_report', 'l2rw_cifar10']
+           'decoded_images', 'train_cifar10', 'cifar10_report', 'run_cifar10']
 
 # %% ../../nbs/34_studies.cifar10.ipynb #0ce6b9b5
 import os
@@ -12,15 +12,15 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np, pandas as pd, torch, torch.nn.functional as F
+import numpy as np, pandas as pd, torch
 from fastai.data.external import URLs, untar_data
 from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.learner import Learner
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from fastai.vision.core import cifar_stats
-from fastcore.script import call_parse, store_true
 from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
@@ -164,54 +164,25 @@ def cifar10_report(
     for family in ('noise', 'both'):
         if len(df := final[final.family == family]): save_figure(plot_bars(df), folder/family)
 
-@call_parse
-@help_with_schemes
-def l2rw_cifar10(
-    path:Path=None, # Folder with train/<class>/<image> and test/<class>/<image>; default: what fastai downloads
-    out:Path=Path('l2rw_cifar10'), # Folder of the results; a run that was interrupted goes on with the same command
-    settings:str='', # Families and settings, with commas: dominance, tail, noise, both, 'dominance 0.9' and so on; default: all
-    schemes:str='', # Schemes, with commas between them; default: those of the package and training on trusted images alone
-    seeds:int=3, # Number of seeds of the final stage
-    net:str='cnn', # cnn (the report's), resnet32 or resnet18
-    epochs:int=60, # Number of epochs
-    lrs:str='', # Learning rates to try, with commas; default: 0.0003,0.001,0.003, or 0.01,0.03,0.1 for ResNets. One: no search
-    search_seeds:int=1, # Number of seeds of the search
-    schedule:str='constant', # Learning rate: constant, cosine or one-cycle
-    bs:int=100, # Batch size
-    wd:float=0., # Weight decay
-    augment:store_true=False, # Shift and mirror training images?
-    subset:float=1., # Share of each class of the training folder to use
-    meta_per_class:int=5, # Number of trusted images of each class
-    valid_per_class:int=50, # Number of validation images of each class, from the training folder
-    train_on_meta:store_true=False, # Have the trusted images in the training part as well, for all schemes?
-    cifar10n_labels:Path=None, # File of the labels that people gave (CIFAR-10N), for the settings that need it
-    every:int=5, # Number of epochs from one validation to the next
-    precision:str='fp32', # fp32, or fp16 or bf16 on a GPU
-    device:str=None, # Device, such as cuda:0 or cpu; default: fastai's
-    jobs:int=1, # Number of trainings at the same time
-    dry_run:store_true=False, # Only show the plan?
-    quick:store_true=False, # A first look in minutes: three settings and schemes, a fifth of the images, 15 epochs, 2 seeds, no search
-):
-    "Compare schemes on CIFAR-10 with a dominant class, a long tail, wrong labels and both; writes results, tables and figures."
-    if quick:
-        settings = settings or 'dominance 0.5,dominance 0.7,dominance 0.9'
-        schemes,lrs = schemes or 'unweighted,weighted sampler,reweighted',lrs or '0.01'
-        subset,epochs,bs,seeds,jobs = 0.2,15,50,2,min(2, os.cpu_count() or 1)
-    check_options(net=(net, nets), schedule=(schedule, schedules[:3]), precision=(precision, ('fp32', 'fp16', 'bf16')))
-    check_counts(seeds=seeds, epochs=epochs, search_seeds=search_seeds, bs=bs, meta_per_class=meta_per_class,
-        valid_per_class=valid_per_class, every=every, jobs=jobs)
-    layout = 'train/<class>/<image> and test/<class>/<image>'
-    try: path = Path(untar_data(URLs.CIFAR) if path is None else path).expanduser()
+def run_cifar10(
+    o:SimpleNamespace, # The options of `l2rw_cifar10`
+)->int: # Exit status: 0 if all trainings are finished, otherwise 1
+    "Do what the command does; raises `SystemExit` for options that make no sense."
+    check_options(net=(o.net, nets), schedule=(o.schedule, schedules[:3]), precision=(o.precision, ('fp32', 'fp16', 'bf16')))
+    check_counts(seeds=o.seeds, epochs=o.epochs, search_seeds=o.search_seeds, bs=o.bs, meta_per_class=o.meta_per_class,
+        valid_per_class=o.valid_per_class, every=o.every, jobs=o.jobs, threads=o.threads)
+    layout,human = 'train/<class>/<image> and test/<class>/<image>',o.cifar10n_labels
+    try: path = Path(untar_data(URLs.CIFAR) if o.path is None else o.path).expanduser()
     except OSError as e:
         raise SystemExit(f"--path is not given, and CIFAR-10 can't be downloaded ({e}): give the folder with {layout}") from None
     if not (path/'train').is_dir(): raise SystemExit(f'--path is {path}, but must be a folder with {layout}')
-    if cifar10n_labels is not None and not cifar10n_labels.is_file():
-        raise SystemExit(f'--cifar10n_labels is {cifar10n_labels}, but must be a file')
-    options = dict(net=net, epochs=epochs, schedule=schedule, bs=bs, wd=wd, augment=bool(augment), subset=subset,
-        meta_per_class=meta_per_class, valid_per_class=valid_per_class, train_on_meta=bool(train_on_meta), every=every, precision=precision)
-    families,lrs = cifar10_settings(cifar10n_labels is not None),lrs or default_lrs[net]
-    grid = make_grid(families, _search_on, settings, schemes, seeds, lrs, search_seeds, options)
-    train = partial(train_cifar10, path=str(path), human=cifar10n_labels and str(cifar10n_labels), device=device)
-    title = f'CIFAR-10: {net}, {epochs} epochs, {meta_per_class} trusted images per class'
-    if subset < 1: title += f', {subset:.0%} of the training images'
-    raise SystemExit(run_grid(grid, train, out, report=partial(cifar10_report, title=title), jobs=jobs, dry_run=dry_run))
+    if human is not None and not human.is_file(): raise SystemExit(f'--cifar10n_labels is {human}, but must be a file')
+    same = 'net','epochs','schedule','bs','wd','subset','meta_per_class','valid_per_class','every','precision'
+    options = {k: getattr(o, k) for k in same} | dict(augment=bool(o.augment), train_on_meta=bool(o.train_on_meta))
+    grid = make_grid(cifar10_settings(human is not None), _search_on, o.settings or '', o.schemes or '', o.seeds,
+        o.lrs or default_lrs[o.net], o.search_seeds, options)
+    train = partial(train_cifar10, path=str(path), human=human and str(human), device=o.device)
+    title = f'CIFAR-10: {o.net}, {o.epochs} epochs, {o.meta_per_class} trusted images per class'
+    if o.subset < 1: title += f', {o.subset:.0%} of the training images'
+    threads = o.threads or (1 if o.net == 'cnn' else None)
+    return run_grid(grid, train, o.out, report=partial(cifar10_report, title=title), jobs=o.jobs, threads=threads, dry_run=o.dry_run)
