@@ -270,7 +270,8 @@ def widget(self:MetaCandidates,
 ): # A widget for a notebook
     "Show candidates with a menu of labels each; raises `ImportError` without ipywidgets, and `ValueError` for numbers that there are not."
     try: import ipywidgets
-    except ImportError as e: raise ImportError('widget needs ipywidgets: pip install ipywidgets, or use show, relabel and drop') from e
+    except ImportError as e: raise ImportError('widget needs ipywidgets, as fastai_l2rw[widget] installs it: '
+        'pip install ipywidgets, or use show, relabel and drop') from e
     drop = '<Drop>'
     def shown(number):
         parts = []
