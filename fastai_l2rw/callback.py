@@ -268,8 +268,8 @@ def item_evidence(self:MetaReweightCallback)->pd.DataFrame: # By position, as `L
 
 # %% ../nbs/11_callback.ipynb #1f187239
 class MetaWeightNetCallback(MetaReweightCallback):
-    """Weigh each training example by a function of its loss, which is learned on trusted examples (Meta-Weight-Net, Shu et al. 2019); raises
-    `TypeError` or `ValueError` for options that can't be."""
+    """Weigh each training example by a function of its loss, which is learned on trusted examples (Meta-Weight-Net, Shu et al. 2019);
+    raises `TypeError` or `ValueError` for options that can't be."""
     def __init__(self,
         meta_dl:DataLoader|torch.utils.data.DataLoader|Iterable|None=None, # Trusted, labelled batches; default: third loader of `learn.dls`
         *,

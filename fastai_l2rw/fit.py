@@ -187,8 +187,8 @@ class Checkpoint:
 
 # %% ../nbs/10_fit.ipynb #1825658e
 class Fit:
-    """What lives as long as a fit; raises `TypeError` or `ValueError` for what is wrong with the trusted loader, the model or the loss, before a
-    training batch is read."""
+    """What lives as long as a fit; raises `TypeError` or `ValueError` for what is wrong with the trusted loader, the model or the loss,
+    before a training batch is read."""
     def __init__(self,
         owner, # The callback, with its options
         engine:Engine, # How alignments are found
@@ -529,8 +529,8 @@ def check_finite(self:Fit,
     step:Step, # The step
     alignments:Tensor, # Shape (n,)
 ):
-    """Raise `FloatingPointError` if an alignment is not finite, before the optimizer spreads that, and say where it comes from; in a search for
-    a learning rate, raise `CancelFitException`."""
+    """Raise `FloatingPointError` if an alignment is not finite, before the optimizer spreads that, and say where it comes from; in a
+    search for a learning rate, raise `CancelFitException`."""
     if alignments.isfinite().all(): return
     if step.underway.own is not None: step.underway.own.restore() # what is not finite by the pass does not explain it
     if self.searching: raise CancelFitException() # lr_find raises the learning rate until it has gone too far

@@ -165,3 +165,73 @@ def test_methods_are_read_with_their_class():
     init,_,run,_ = source.methods('A')
     assert list(faults(source, 'A.__init__', init)) == []
     assert list(faults(source, 'A.run', run)) == ['KeyError is raised, which the docstring does not say']
+
+# The site: nbs/_quarto.yml, nbs/sidebar.yml, and the notebooks, which nbdev_docs processes
+
+def cells(file, kind): return [''.join(c['source']) for c in json.loads(file.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == kind]
+
+def directives(text): return set(re.findall(r'^#\|\s*(\w+)', text, flags=re.M))
+
+def shown(file):
+    "Names in the `show_doc` cells of a notebook."
+    trees = [ast.parse(o) for o in cells(file, 'code') if 'show_doc(' in o and 'exec_doc' in directives(o)]
+    return {ast.unparse(o) for t in trees for o in ast.walk(t) if isinstance(o, ast.Attribute)}
+
+def test_the_site_shows_every_public_method():
+    "nbdev adds exported functions, classes and patched methods by itself, and not what is in the body of a class."
+    expected = {name for s,name,node in public() if '.' in name and not name.endswith('.__init__') and not patched(node) and not is_told_elsewhere(s, name)}
+    assert len(expected) > 100
+    assert set().union(*map(shown, notebooks)) == expected
+
+def test_the_sidebar_has_every_notebook():
+    yaml = pytest.importorskip('yaml')
+    def files(o):
+        if isinstance(o, str): return [o]
+        return [f for x in (o if isinstance(o, list) else o['contents']) for f in files(x)]
+    found = files(yaml.safe_load((root/'nbs/sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar'])
+    assert sorted(found) == sorted(o.relative_to(root/'nbs').as_posix() for o in notebooks)
+    site = yaml.safe_load((root/'nbs/_quarto.yml').read_text(encoding='utf-8'))
+    assert {'nbdev.yml', 'sidebar.yml'} == set(site['metadata-files']) and (root/'nbs'/site['format']['html']['css']).exists()
+
+def test_the_site_is_the_same_for_both_versions_of_nbdev():
+    tomllib = pytest.importorskip('tomllib') # Python 3.11
+    from configparser import ConfigParser
+    settings = ConfigParser()
+    settings.read(root/'settings.ini', encoding='utf-8')
+    for name,value in tomllib.loads((root/'pyproject.toml').read_text(encoding='utf-8'))['tool']['nbdev'].items():
+        assert str(value) == settings['DEFAULT'][name], name
+    site = (root/'nbs/nbdev.yml').read_text(encoding='utf-8')
+    for name in ('title', 'description', 'git_url', 'doc_host', 'doc_baseurl'): assert settings['DEFAULT'][name] in site
+
+@pytest.mark.parametrize('file', notebooks, ids=lambda o: o.stem)
+def test_a_notebook_can_be_made_a_page(file):
+    """For the site, nbdev runs what is exported and every other cell with an import in it, and nothing else: so such a cell can't have what
+    needs the cells before it."""
+    for o in cells(file, 'code'):
+        if directives(o) & {'export', 'exporti', 'exports', 'eval'}: continue
+        tree = ast.parse(re.sub('^[%!].*', '', o, flags=re.M))
+        if not any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(tree)): continue
+        known = set(vars(__builtins__) if not isinstance(__builtins__, dict) else __builtins__)
+        names = [n for n in ast.walk(tree) if isinstance(n, ast.Name)]
+        known |= {n.id for n in names if isinstance(n.ctx, ast.Store)} | {a.arg for a in ast.walk(tree) if isinstance(a, ast.arg)}
+        known |= {n.name for n in ast.walk(tree) if isinstance(n, (*functions, ast.ClassDef))}
+        imports = [a for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names]
+        if any(a.name == '*' for a in imports): continue # it brings what nobody can tell
+        known |= {(a.asname or a.name).split('.')[0] for a in imports}
+        assert {n.id for n in names} <= known, o
+
+@pytest.mark.parametrize('file', [*notebooks, *sorted(root.glob('*.md')), *sorted((root/'results').glob('*.md'))], ids=lambda o: o.relative_to(root).as_posix())
+def test_links_lead_somewhere(file):
+    "To a file, and to a heading in it, if one is named."
+    text = '\n'.join(cells(file, 'markdown')) if file.suffix == '.ipynb' else file.read_text(encoding='utf-8')
+    text = re.sub(r'^```.*?^```$|`[^`\n]*`', '`code`', text, flags=re.M | re.S)
+    for target in re.findall(r'\]\(([^)\s]+)(?: "[^"]*")?\)', text):
+        if re.match(r'\w+:', target): continue
+        path,_,heading = target.partition('#')
+        to = file.parent/path if path else file
+        assert to.exists(), target
+        assert to.resolve().is_relative_to(root), target
+        if not heading: continue
+        there = '\n'.join(cells(to, 'markdown')) if to.suffix == '.ipynb' else to.read_text(encoding='utf-8')
+        slugs = {re.sub(r'[^\w\- ]', '', o.lower()).strip().replace(' ', '-') for o in re.findall(r'^#+ +(.+)$', there, flags=re.M)}
+        assert heading.lower() in slugs, (target, slugs)

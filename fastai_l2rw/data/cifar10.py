@@ -48,8 +48,8 @@ def cifar10_table(
     usable:str|Path|None=None, # List of the images to use, as `verify` writes it; default: all
     seed:int=0, # Seed of all draws
 )->pd.DataFrame: # `path`; `label` to train with; `clean`, the right label; `part`: 'train', 'valid' or 'meta'
-    """Decide for each image of CIFAR-10 what it is used for and with which label; raises `FileNotFoundError` for a folder without its images,
-    and `ValueError` for what can't be done."""
+    """Decide for each image of CIFAR-10 what it is used for and with which label; raises `FileNotFoundError` for a folder without its
+    images, and `ValueError` for what can't be done."""
     path = Path(untar_data(URLs.CIFAR) if path is None else path).expanduser()
     df = _found(path, usable)
     if subset != 1: df = _subset(df, subset, seed)
@@ -107,8 +107,8 @@ def cifar10n(
     file:str|Path, # The authors' `CIFAR-10_human.pt`, or a table with the columns `path` and `kind`, which may be gzipped
     kind:str='worse', # 'aggregate', 'worse', 'random1', 'random2' or 'random3'
 )->Callable: # A function of paths and right labels, for `cifar10_table(noise=...)`
-    """Labels that people gave to CIFAR-10 (CIFAR-10N); raises `FileNotFoundError` without the file, and `ValueError` for another `kind`; the
-    function raises `ValueError` if the file does not say which label is whose."""
+    """Labels that people gave to CIFAR-10 (CIFAR-10N); raises `FileNotFoundError` without the file, and `ValueError` for another
+    `kind`; the function raises `ValueError` if the file does not say which label is whose."""
     if kind not in _human: raise ValueError(f'kind={kind!r} is unknown: use one of {listed(map(repr, _human), 20)}')
     file = Path(file).expanduser()
     if not file.is_file(): raise FileNotFoundError(f'there is no file {str(file)!r}')

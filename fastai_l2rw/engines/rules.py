@@ -318,8 +318,8 @@ class DualPass(Exchange):
         args, # Its arguments, exchanged
         kwargs, # Its keyword arguments, exchanged
     ): # What it gives, with tangents
-        """Call an operator, by its rule if it has one; raises `GradientInside` for one that takes a gradient, and `NoForwardDerivative` for one
-        that sets a hook."""
+        """Call an operator, by its rule if it has one; raises `GradientInside` for one that takes a gradient, and `NoForwardDerivative`
+        for one that sets a hook."""
         if self.use_rules and func in takes_gradient: raise GradientInside
         if func in sets_hook: raise NoForwardDerivative('a gradient hook (Tensor.register_hook)')
         known = rules.get(func) if self.use_rules else None
