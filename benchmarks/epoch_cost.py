@@ -20,6 +20,7 @@ from fastai.vision.core import cifar_stats
 from fastcore.script import call_parse
 
 from fastai_l2rw.all import *
+from fastai_l2rw.reweight import rectify
 from fastai_l2rw.studies.cifar10 import report_cnn
 import fastai_l2rw.engines.routes
 from fastai_l2rw.engines.routes import separate_pass

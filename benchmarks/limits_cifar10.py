@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 from torch.func import functional_call, grad, jvp
 
 from fastai_l2rw.all import *
-from fastai_l2rw.data.cifar10 import ShiftFlip
+from fastai_l2rw.data.cifar10 import ShiftFlip, cifar10_table
 from fastai_l2rw.studies.training import fit_schedule, kept_dls, variant_parts, variants, versions
 from fastai_l2rw.studies.cifar10 import decoded_images, report_cnn
 from fastai_l2rw.weighers import output_gradient_norms, relative_alignments

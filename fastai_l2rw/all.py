@@ -1,4 +1,5 @@
-"Everything that users of fastai_l2rw need, for `from fastai_l2rw.all import *`."
+"""What users of fastai_l2rw need, for `from fastai_l2rw.all import *`. The other public names of these modules can be had from here, too, but
+have to be named: `from fastai_l2rw.all import virtual_step`."""
 from fastai_l2rw.reweight import *
 from fastai_l2rw.lookahead import *
 from fastai_l2rw.weighers import *
@@ -12,3 +13,9 @@ from fastai_l2rw.data.checked import *
 from fastai_l2rw.data.folders import *
 from fastai_l2rw.data.cifar10 import *
 from fastai_l2rw.data.ham10000 import *
+
+__all__ = ['MetaReweightCallback', 'MetaWeightNetCallback', 'weighting_scheme', 'schemes_table', 'weighted_sampler', # in a Learner
+    'example_weights', 'meta_gradient', 'alignment', 'unrolled_weights', # in a loop of one's own
+    'MetaCandidates', 'hold_out_meta', 'MetaSplitter', 'PartSplitter', # trusted examples
+    'MetaInterpretation', 'BalancedAccuracy', 'ClassRecall', 'show_distribution', # to look at
+    'imbalance', 'label_noise', 'cifar10_dls', 'ham10000_dls', 'isic2018_test_dl', 'submission', 'verify'] # data

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from copy import deepcopy
 
 import pandas as pd, torch
-from torch import Tensor
+from torch import Tensor, nn
 from fastai.callback.core import Callback
 from fastai.data.load import DataLoader
-from fastai.learner import Recorder
+from fastai.learner import Learner, Recorder
 from fastai.torch_core import one_param
 from fastcore.basics import patch, store_attr
 from fastcore.foundation import L
@@ -45,7 +45,8 @@ class _AfterLoss(Callback):
 
 # %% ../nbs/11_callback.ipynb #1b56e92f
 class MetaReweightCallback(Callback):
-    "Weigh each training example, in each step, by how much learning from it lowers the loss on trusted examples (Ren et al. 2018)."
+    """Weigh each training example, in each step, by how much learning from it lowers the loss on trusted examples (Ren et al. 2018); raises
+    `TypeError` or `ValueError` for options that can't be."""
     order,run_valid = Recorder.order+5,False # after the Recorder has named its columns, before others (60) read the names
     remove_on_fetch = True # as the Recorder, whose log it adds to
     _stateattrs = ('meta_dl','this_fit','judged') # none of it is exported
@@ -105,7 +106,7 @@ def check_whole_numbers(
 
 # %% ../nbs/11_callback.ipynb #e491b2f7
 @patch(as_prop=True)
-def learn(self:MetaReweightCallback):
+def learn(self:MetaReweightCallback)->Learner|None: # `None` while it has none
     "The `Learner` that the callback belongs to, if any."
     return vars(self).get('_learner')
 
@@ -282,7 +283,8 @@ def calibration(self:MetaReweightCallback)->pd.DataFrame|None: # `quality` and `
 
 # %% ../nbs/11_callback.ipynb #1f187239
 class MetaWeightNetCallback(MetaReweightCallback):
-    "Weigh each training example by a function of its loss, which is learned on trusted examples (Meta-Weight-Net, Shu et al. 2019)."
+    """Weigh each training example by a function of its loss, which is learned on trusted examples (Meta-Weight-Net, Shu et al. 2019);
+    raises `TypeError` or `ValueError` for options that can't be."""
     def __init__(self,
         meta_dl:DataLoader|torch.utils.data.DataLoader|Iterable|None=None, # Trusted, labelled batches; default: third loader of `learn.dls`
         *,
@@ -311,8 +313,8 @@ class MetaWeightNetCallback(MetaReweightCallback):
         return deepcopy(self.weigher) if searching else self.weigher
 
     @property
-    def weight_net(self):
-        "The net from a loss to a weight; `None` before the first fit."
+    def weight_net(self)->nn.Module|None: # `None` before the first fit
+        "The net from a loss to a weight."
         return self.weigher.net
 
     def weight_of(self,

@@ -194,7 +194,8 @@ class Checkpoint:
 
 # %% ../nbs/10_fit.ipynb #1825658e
 class Fit:
-    "What lives as long as a fit; raises what is wrong with the trusted loader, the model or the loss before a training batch is read."
+    """What lives as long as a fit; raises `TypeError` or `ValueError` for what is wrong with the trusted loader, the model or the loss,
+    before a training batch is read."""
     def __init__(self,
         owner, # The callback, with its options
         engine:Engine, # How alignments are found
@@ -485,7 +486,8 @@ def before_pass(self:Fit):
 # %% ../nbs/10_fit.ipynb #842be836
 @patch
 def after_loss(self:Fit):
-    "Weigh the batch that the Learner has predicted, and put the weighted loss in the place of the mean loss."
+    """Weigh the batch that the Learner has predicted, and put the weighted loss in the place of the mean loss; raises `ValueError` if
+    `skip_zeros` has weighed another one."""
     step,learn = self.step,self.learn
     try:
         step.losses,step.underway.pred = self.losses.of_step(),self.losses.of_output(learn.pred)
@@ -560,7 +562,8 @@ def check_finite(self:Fit,
     step:Step, # The step
     alignments:Tensor, # Shape (n,)
 ):
-    "Raise `FloatingPointError` if an alignment is not finite, before the optimizer spreads that, and say where it comes from."
+    """Raise `FloatingPointError` if an alignment is not finite, before the optimizer spreads that, and say where it comes from; in a
+    search for a learning rate, raise `CancelFitException`."""
     if alignments.isfinite().all(): return
     if step.underway.own is not None: step.underway.own.restore() # what is not finite by the pass does not explain it
     if self.searching: raise CancelFitException() # lr_find raises the learning rate until it has gone too far

@@ -89,7 +89,8 @@ class MetaInterpretation:
         learn:Learner, # It has been trained with a `MetaReweightCallback`
         others:Iterable[Ledger]=(), # Ledgers of other trainings on the same items, in the same order, to `merge`
     )->'MetaInterpretation': # Later fits don't change it
-        "Take what the last fit has kept; raises `ValueError` where that is nothing, or not known of single items."
+        """Take what the last fit has kept; raises `TypeError` if `learn` is no `Learner`, and `ValueError` where nothing was kept, or
+        nothing of single items."""
         if not isinstance(learn, Learner): raise TypeError(f'learn is a {type(learn).__name__}, but must be a Learner')
         found = [cb for cb in learn.cbs if isinstance(cb, MetaReweightCallback)]
         if not found: raise ValueError(

@@ -612,7 +612,8 @@ class Ledger:
 
 # %% ../nbs/09_ledger.ipynb #7cc928f7
 class ItemLedger(Callback):
-    "Keeps what was seen of each training item in the last fit, for the callback that computes the weights."
+    """Keeps what was seen of each training item in the last fit, for the callback that computes the weights; raises `ValueError` for a
+    bad `keep`."""
     order,run_valid = -90,False # once that has put the weighted loss in its place, at -100
     _stateattrs = ('ledger','figures') # are not exported
     ledger,figures = None,{}

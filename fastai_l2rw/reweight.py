@@ -78,7 +78,8 @@ def meta_gradient(
     autocast:torch.dtype|None=None, # Data type of an autocast to run the pass under, such as `torch.bfloat16`; default: none
     changing:tuple=((),()), # What else a pass is known to change, as `find_traces` gives it
 )->tuple[dict[str,Tensor],Tensor]: # Gradient by parameter name, and the mean loss (a scalar)
-    "Gradient of the mean loss on a trusted batch, $\\nabla L_m$; raises `ValueError` for unknown `params`, and for a loss not per item."
+    """Gradient of the mean loss on a trusted batch, $\\nabla L_m$; raises `ValueError` for unknown `params`, and for a loss not per
+    item, and `TypeError` if no other values can be put in their places."""
     seed = derived_seed(model_device(model))
     gradient,losses = _gradient(model, loss_func, meta_batch, params, lambda l: torch.full_like(l, 1/len(l)), seed, autocast, changing)
     return gradient, losses.mean()

@@ -60,8 +60,8 @@ def class_weights(
 def weighted_sampler(
     dls:DataLoaders, # fastai's `DataLoaders` with one label per training item
 )->DataLoaders: # The same, with a training loader that draws all classes equally often, with replacement
-    """Draw rare classes more often; raises `TypeError` if the training loader isn't one of fastai's for items with positions, and what
-    `class_counts` raises."""
+    """Draw rare classes more often; raises `TypeError` if the training loader isn't one of fastai's for items with positions, and
+    `ValueError` if the items don't have one label each."""
     dl = dls.train
     if not isinstance(dl, TfmdDL) or not dl.indexed:
         raise TypeError(f"dls.train is a {type(dl).__name__}, but must be a loader of fastai whose items have a position")

@@ -469,7 +469,8 @@ def disagreements(
     meta_dl:DataLoader, # Loader of fastai with one label per item
     n_inp:int|None=None, # How many elements of a batch are inputs; default: all but the last
 )->list[int]|None: # Positions among the batches as `meta_dl` gives them without shuffling; `None` if model and labels are of another kind
-    "The examples of which the model, in evaluation mode, predicts another class than their label; leaves everything as it was."
+    """The examples of which the model, in evaluation mode, predicts another class than their label; leaves everything as it was. Raises
+    `TypeError` or `ValueError` for batches without labels."""
     device = next(model.parameters()).device
     with forked_random(device, 0):
         batches = [_split_batch(b, n_inp) for b in meta_dl.new(shuffle=False, drop_last=False, num_workers=0)]

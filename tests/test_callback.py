@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader as TorchLoader, TensorDataset
 import fastai_l2rw.fit, fastai_l2rw.weighers
 from fastai_l2rw.fit import Fit
 from fastai_l2rw.all import *
+from fastai_l2rw.reweight import effective_sample_size
 from conftest import cnn, images, labels, make_dls, meta, split, train, Augment
 
 def torch_loader(items=meta, bs=12, **kwargs): return TorchLoader(TensorDataset(images[items], torch.tensor(labels[items])), bs, **kwargs)

@@ -13,6 +13,7 @@ from fastai.callback.training import ShortEpochCallback
 
 import fastai_l2rw.weighers
 from fastai_l2rw.all import *
+from fastai_l2rw.reweight import rectify
 from conftest import Augment, cnn, make_dls, split
 
 class CpuAutocast(Callback):

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from fastai_l2rw.engines.routes import Engine
 from fastai_l2rw.fit import Fit
 from fastai_l2rw.all import *
+from fastai_l2rw.reweight import normalise, rectify
 from fastai_l2rw.lookahead import virtual_step
 from conftest import Seen, tensors
 

@@ -17,6 +17,7 @@ from torchvision import models as tv
 
 import fastai_l2rw.weighers
 from fastai_l2rw.all import *
+from fastai_l2rw.reweight import rectify
 from fastai_l2rw.engines.routes import Engine, along_output
 from fastai_l2rw.engines.tape import OwnPass, Tape
 from conftest import cnn, tensors

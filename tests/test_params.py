@@ -8,6 +8,7 @@ from torchvision.models import resnet18
 
 from fastai_l2rw.fit import Fit
 from fastai_l2rw.all import *
+from fastai_l2rw.reweight import normalise, rectify
 from conftest import Augment, make_dls
 
 class Counted(nn.Module):

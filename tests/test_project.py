@@ -28,6 +28,24 @@ def test_all_exports_everything():
     for module in (callback, lookahead, metrics, reweight, schemes, core, folders, cifar10, ham10000):
         for name in module.__all__: assert getattr(everything, name) is getattr(module, name)
 
+def test_a_star_brings_what_users_need():
+    "And nothing else; what 0.1.0 brought in that way can still be named."
+    brought = {}
+    exec('from fastai_l2rw.all import *', brought)
+    del brought['__builtins__']
+    assert set(brought) == set("""MetaReweightCallback MetaWeightNetCallback weighting_scheme schemes_table weighted_sampler
+        example_weights meta_gradient alignment unrolled_weights MetaCandidates hold_out_meta MetaSplitter PartSplitter
+        MetaInterpretation BalancedAccuracy ClassRecall show_distribution
+        imbalance label_noise cifar10_dls ham10000_dls isic2018_test_dl submission verify""".split())
+    import fastai_l2rw.all as everything
+    for name in """forked_random derived_seed virtual_pass item_losses meta_gradient weighted_gradient scale_gradient NoForwardDerivative alignment
+        rectify normalise effective_sample_size example_weights unrolled_weights virtual_step check_lookahead output_gradient_norms
+        relative_alignments RunningAlignments in_mean_units MetaReweightCallback weighting_schemes robust_options class_counts class_weights
+        weighted_sampler MetaWeightNetCallback weighting_scheme ClassRecall BalancedAccuracy MetaSplitter BalancedSplitter PartSplitter
+        hold_out_meta show_distribution imbalance label_noise open_rgb OpenRGB CategorizeColumn check_images labels_from_csv cifar10_table cifar10n
+        OpenDecoded DecodedDL WeightedDecodedDL ShiftFlip cifar10_block cifar10_dls verify ham10000_table CropResize lesion_tfms ham10000_block
+        ham10000_dls isic2018_test_dl submission""".split(): assert hasattr(everything, name), name
+
 def test_the_table_of_what_works_is_what_is_tested():
     import test_callbacks, test_lookahead, test_losses, test_models
     cells = json.loads((root/'nbs'/'reference'/'what_works.ipynb').read_text())['cells']

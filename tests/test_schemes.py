@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from fastai_l2rw.all import *
+from fastai_l2rw.schemes import class_counts, class_weights, register_scheme, scheme_registry, weighting_schemes
 from conftest import cnn, labels, make_dls, tensors, train
 
 # ---- Meta-Weight-Net

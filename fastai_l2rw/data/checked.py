@@ -50,7 +50,8 @@ class MetaCandidates:
     def draw(self,
         per_class:int|None=None, # Number of examples that are wanted of each class; default: as many as before
     ): # The candidates themselves
-        "Draw candidates of the classes that have fewer than wanted, by the labels as given, and number them on."
+        """Draw candidates of the classes that have fewer than wanted, by the labels as given, and number them on; raises `ValueError` for a
+        `per_class` that is no number of examples."""
         per_class = self.per_class if per_class is None else per_class
         if isinstance(per_class, bool) or not isinstance(per_class, (int, np.integer)) or per_class < 1:
             raise ValueError(f'per_class={per_class!r} must be a whole number of examples, 1 or more')
@@ -277,9 +278,10 @@ def widget(self:MetaCandidates,
     numbers:Iterable[int]|None=None, # Which candidates; default: those that are not confirmed yet
     max_n:int=60, # How many at most
 ): # A widget for a notebook
-    "Show candidates with a menu of labels each; raises `ImportError` without ipywidgets."
+    "Show candidates with a menu of labels each; raises `ImportError` without ipywidgets, and `ValueError` for numbers that there are not."
     try: import ipywidgets
-    except ImportError as e: raise ImportError('widget needs ipywidgets: pip install ipywidgets, or use show, relabel and drop') from e
+    except ImportError as e: raise ImportError('widget needs ipywidgets, as fastai_l2rw[widget] installs it: '
+        'pip install ipywidgets, or use show, relabel and drop') from e
     drop = '<Drop>'
     def shown(number):
         parts = []

@@ -48,7 +48,8 @@ def cifar10_table(
     usable:str|Path|None=None, # List of the images to use, as `verify` writes it; default: all
     seed:int=0, # Seed of all draws
 )->pd.DataFrame: # `path`; `label` to train with; `clean`, the right label; `part`: 'train', 'valid' or 'meta'
-    "Decide for each image of CIFAR-10 what it is used for and with which label; raises `ValueError` for what can't be done."
+    """Decide for each image of CIFAR-10 what it is used for and with which label; raises `FileNotFoundError` for a folder without its
+    images, and `ValueError` for what can't be done."""
     path = Path(untar_data(URLs.CIFAR) if path is None else path).expanduser()
     df = _found(path, usable)
     if subset != 1: df = _subset(df, subset, seed)
@@ -106,7 +107,8 @@ def cifar10n(
     file:str|Path, # The authors' `CIFAR-10_human.pt`, or a table with the columns `path` and `kind`, which may be gzipped
     kind:str='worse', # 'aggregate', 'worse', 'random1', 'random2' or 'random3'
 )->Callable: # A function of paths and right labels, for `cifar10_table(noise=...)`
-    "Labels that people gave to CIFAR-10 (CIFAR-10N); the function raises `ValueError` if the file does not say which label is whose."
+    """Labels that people gave to CIFAR-10 (CIFAR-10N); raises `FileNotFoundError` without the file, and `ValueError` for another
+    `kind`; the function raises `ValueError` if the file does not say which label is whose."""
     if kind not in _human: raise ValueError(f'kind={kind!r} is unknown: use one of {listed(map(repr, _human), 20)}')
     file = Path(file).expanduser()
     if not file.is_file(): raise FileNotFoundError(f'there is no file {str(file)!r}')
@@ -155,6 +157,7 @@ class OpenDecoded(OpenRGB):
     images,rows = None,{}
 
     def setups(self, items):
+        "Open the images of all items."
         paths = list(dict.fromkeys(map(str, items.items['path'])))
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             found = pool.map(self._decode, paths)
@@ -187,11 +190,12 @@ class DecodedDL(TfmdDL):
         dataset=None, # `Datasets` of images and labels
         bs:int=64, # Batch size
         num_workers:int=0, # Number of worker processes, which have nothing to do here
-        **kwargs
+        **kwargs, # As for `TfmdDL`
     ): super().__init__(dataset, bs=bs, num_workers=num_workers, **kwargs)
 
     @tells_items
     def create_batches(self, samps):
+        "A batch at once, where the images are kept."
         if not hasattr(self, '_kept'): self._kept = self._find_kept()
         if self._kept is None or self.prebatched: yield from super().create_batches(samps)
         else:
@@ -225,6 +229,7 @@ class ShiftFlip(RandTransform):
         self.pad = pad
 
     def encodes(self, x:TensorImage):
+        "The batch, shifted and mirrored, each image in its own way."
         (n,_,h,w),pad = x.shape,min(self.pad, x.shape[-1] - 1, x.shape[-2] - 1)
         random = partial(torch.randint, device=x.device)
         rows,cols = torch.arange(h, device=x.device)[None, :, None],torch.arange(w, device=x.device)[None, None]

@@ -329,8 +329,9 @@ def MetaSplitter(
     checked:bool=False, # Has somebody checked the labels that are drawn by? Otherwise a sentence says that nobody has
     seed:int=0, # Seed of the draw
 )->Callable: # A splitter for a `DataBlock`: from items to the positions of training, validation and trusted items
-    """Add a part of trusted items, those that are named or a balanced draw from the training part of `splitter`; the splitter raises
-    `ValueError` if the items, a class or the groups don't allow it, or if checked labels are not those of `get_y`."""
+    """Add a part of trusted items, those that are named or a balanced draw from the training part of `splitter`; raises `TypeError` if
+    that is no function, and `ValueError` for options that don't go together; the splitter raises `ValueError` if the items, a class or
+    the groups don't allow it, or if checked labels are not those of `get_y`."""
     _check_one_way(meta_per_class, trusted, get_y is None)
     if not callable(splitter):
         raise TypeError(f'splitter is a {type(splitter).__name__}, but must be a function of the items, such as RandomSplitter()')

@@ -95,6 +95,7 @@ class CategorizeColumn(Categorize):
     "The label of a row as a category; its vocab are the classes of all parts."
     train_setup = False
     def setups(self, items):
+        "Find the classes, if they were not given."
         if self.vocab is None: self.vocab = CategoryMap(items.items['label'].unique())
         self.c = len(self.vocab)
 

@@ -190,9 +190,11 @@ class CropResize(RandTransform):
         self.size = size
 
     def before_call(self, b, split_idx):
+        "Choose the place of the square."
         self.do,self.place = True,0.5 if split_idx else random.random()
 
     def encodes(self, x:PILImage):
+        "The image, cut and resized."
         w,h = x.size
         side = min(w, h)
         left,top = int((w - side)*self.place),int((h - side)*self.place)

@@ -12,7 +12,7 @@ __all__ = ['random_generators', 'random_states', 'set_random_states', 'forked_ra
 # %% ../../nbs/02_engines.passes.ipynb #c25d0c76
 import random, zlib
 from collections import deque
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from collections.abc import Iterable, Mapping
 from functools import partial
 
@@ -245,7 +245,8 @@ def put_content(
     if not isinstance(o, _containers):
         if (kind := _kind(o)) is not None:
             _,put = _states[kind]
-            return put(o, content)
+            put(o, content)
+            return
         o = vars(o)
     o.clear()
     (o.extend if isinstance(o, (list, deque)) else o.update)(content)
@@ -392,7 +393,8 @@ def plain_kernels(
         torch.backends.mha.set_fastpath_enabled(fast_mha)
         torch.backends.mkldnn.enabled = mkldnn
 
-def own_attention():
+def own_attention(
+)->AbstractContextManager: # Of the body of a `with`
     "Inside of `plain_kernels`: with the kernels of attention that were allowed outside."
     return sdpa_kernel(_allowed[-1])
 
@@ -407,7 +409,7 @@ def virtual_pass(
     mode:type=Exchange, # What exchanges them
     changing:tuple[list,list]=((),()), # What else is known to change, as `Places.changed` gives it
     states:tuple|None=None, # Random states to begin with, instead of a seed
-):
+): # Gives what `mode` made
     "Let the body run `model`, and leave all as it was, also when the body fails; raises `TypeError` for scripted modules."
     modules,device = _all_modules(model),model_device(model)
     tensors,others = changing

@@ -289,7 +289,8 @@ class Engine:
         direction:dict, # Direction by name
         unchanged:bool=True, # Has the loss got what a separate pass has taken it to get?
     )->Aligned: # Alignments and losses
-        "The alignments, once the Learner's pass and its losses are there."
+        """The alignments, once the Learner's pass and its losses are there; raises `ValueError` if an engine that was asked for gives
+        others than the pass has."""
         if own is None: return self.count(aligned)
         inputs,tangents = [own.params[k] for k in direction],list(direction.values())
         u,route,doubt = None,self.route,None

@@ -4,9 +4,7 @@
 
 # %% auto #0
 __all__ = ['rules', 'takes_gradient', 'sets_hook', 'looks_behind', 'Rule', 'rule', 'plain_tensor', 'value_and_tangent',
-           'graph_node', 'without_both', 'NoForwardDerivative', 'product_rule', 'batch_norm_rule', 'layer_norm_rule',
-           'attention_rule', 'embedding_rule', 'sum_rule', 'product_of_two_rule', 'relu_rule', 'max_pool_rule',
-           'activation_rule', 'dropout_rule', 'GradientInside', 'DualPass']
+           'graph_node', 'without_both', 'NoForwardDerivative', 'GradientInside', 'DualPass']
 
 # %% ../../nbs/03_engines.rules.ipynb #cb73d961
 import warnings
@@ -119,7 +117,7 @@ def _product_tangent(op, x, w, dx, dw, db, *args, **kwargs):
 
 # %% ../../nbs/03_engines.rules.ipynb #0222834e
 @rule(F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, keeps='inputs', own_memory=True)
-def product_rule(op, out, input, weight, bias=None, *args, **kwargs):
+def _product_rule(op, out, input, weight, bias=None, *args, **kwargs):
     "Of what is linear in its input and in its parameters."
     x,w = plain_tensor(input),plain_tensor(weight)
     return lambda input, weight, bias=None, *args, **kwargs: _product_tangent(op, x, w, input, weight, bias, *args, **kwargs)
@@ -130,7 +128,7 @@ def _product_dual(op, input, weight, bias=None, *args, **kwargs):
     if dx is None and dw is None: return op(input, weight, bias, *args, **kwargs)
     return forward_ad.make_dual(op(x, w, b, *args, **kwargs), _product_tangent(op, x, w, dx, dw, db, *args, **kwargs))
 
-product_rule.dual = _product_dual
+_product_rule.dual = _product_dual
 
 # %% ../../nbs/03_engines.rules.ipynb #792f8c0d
 def _batch_norm_tangent(x, weight, mean, scale, eps, dx, dweight, dbias, spare=False):
@@ -148,7 +146,7 @@ def _batch_norm_tangent(x, weight, mean, scale, eps, dx, dweight, dbias, spare=F
 
 # %% ../../nbs/03_engines.rules.ipynb #62a3eac5
 @rule(F.batch_norm, keeps='inputs', own_memory=True, takes_spare=True)
-def batch_norm_rule(op, out, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+def _batch_norm_rule(op, out, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     "Of a norm by the batch's statistics, which the graph has kept."
     node = graph_node(out)
     if not training or type(node).__name__ not in ('NativeBatchNormBackward0', 'CudnnBatchNormBackward0'): return
@@ -165,7 +163,7 @@ def _batch_norm_dual(op, input, running_mean, running_var, weight=None, bias=Non
     y,mean,scale = torch.native_batch_norm(x, w, b, running_mean, running_var, True, momentum, eps)
     return forward_ad.make_dual(y, _batch_norm_tangent(x, w, mean, scale, eps, dx, dw, db))
 
-batch_norm_rule.dual = _batch_norm_dual
+_batch_norm_rule.dual = _batch_norm_dual
 
 def _layer_norm_dual(op, input, normalized_shape, weight=None, bias=None, eps=1e-5):
     (x,dx),(w,dw),(b,db) = value_and_tangent(input, weight, bias)
@@ -184,7 +182,7 @@ def _layer_norm_dual(op, input, normalized_shape, weight=None, bias=None, eps=1e
 
 # %% ../../nbs/03_engines.rules.ipynb #0e625f97
 @rule(F.layer_norm, dual=_layer_norm_dual)
-def layer_norm_rule(op, out, *args, **kwargs):
+def _layer_norm_rule(op, out, *args, **kwargs):
     "Along the Learner's own pass, a call of layer norm is computed again with dual numbers."
 
 # %% ../../nbs/03_engines.rules.ipynb #67482d6b
@@ -216,7 +214,7 @@ def _attention_dual(op, query, key, value, attn_mask=None, dropout_p=0., is_caus
 
 # %% ../../nbs/03_engines.rules.ipynb #84745b1d
 @rule(F.scaled_dot_product_attention, dual=_attention_dual, random=True)
-def attention_rule(op, out, *args, **kwargs):
+def _attention_rule(op, out, *args, **kwargs):
     "Along the Learner's own pass, a call of attention is computed again with dual numbers."
 
 # %% ../../nbs/03_engines.rules.ipynb #129d7e9e
@@ -233,14 +231,14 @@ def _embedding_dual(op, input, weight, padding_idx=None, max_norm=None, norm_typ
 
 # %% ../../nbs/03_engines.rules.ipynb #57f444fd
 @rule(F.embedding, dual=_embedding_dual)
-def embedding_rule(op, out, input, weight, padding_idx=None, max_norm=None, norm_type=2., scale_grad_by_freq=False, sparse=False):
+def _embedding_rule(op, out, input, weight, padding_idx=None, max_norm=None, norm_type=2., scale_grad_by_freq=False, sparse=False):
     "Of an embedding."
     places = plain_tensor(input)
     return lambda input, weight, *args, **kwargs: _embedding_tangent(places, weight, padding_idx, scale_grad_by_freq)
 
 # %% ../../nbs/03_engines.rules.ipynb #e67e8426
 @rule(torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__, takes_spare=True)
-def sum_rule(op, out, a, b, *, alpha=1):
+def _sum_rule(op, out, a, b, *, alpha=1):
     "Of a sum."
     shape = out.shape
     def tangent(a, b, *, alpha=1, spare=False):
@@ -252,7 +250,7 @@ def sum_rule(op, out, a, b, *, alpha=1):
     return tangent
 
 @rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, keeps='inputs')
-def product_of_two_rule(op, out, a, b):
+def _product_of_two_rule(op, out, a, b):
     "Of a product."
     x,y = plain_tensor(a),plain_tensor(b)
     def tangent(a, b):
@@ -261,7 +259,7 @@ def product_of_two_rule(op, out, a, b):
     return tangent
 
 @rule(F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, keeps='output', own_memory=True, takes_spare=True)
-def relu_rule(op, out, input, inplace=False):
+def _relu_rule(op, out, input, inplace=False):
     "Of the positive part."
     z = plain_tensor(out)
     def tangent(input, inplace=False, spare=False):
@@ -270,7 +268,7 @@ def relu_rule(op, out, input, inplace=False):
     return tangent
 
 @rule(torch.max_pool2d, F.max_pool2d)
-def max_pool_rule(op, out, *args, **kwargs):
+def _max_pool_rule(op, out, *args, **kwargs):
     "Of a maximum, whose place the graph has kept."
     node = graph_node(out)
     if type(node).__name__ != 'MaxPool2DWithIndicesBackward0': return
@@ -284,14 +282,14 @@ _diagonal = {f'{o}Backward{i}' for o in _activations for i in (0, 1)} # nodes
 # %% ../../nbs/03_engines.rules.ipynb #86fdb78a
 @rule(F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.hardtanh, F.relu6, F.leaky_relu, F.elu, F.mish,
       torch.sigmoid, torch.tanh, Tensor.sigmoid, Tensor.tanh)
-def activation_rule(op, out, *args, **kwargs):
+def _activation_rule(op, out, *args, **kwargs):
     "Of an activation."
     node = graph_node(out)
     if out.is_complex(): return # the node conjugates
     if type(node).__name__ in _diagonal: return lambda x, *args, **kwargs: node(x)
 
 @rule(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, random=True)
-def dropout_rule(op, out, *args, **kwargs):
+def _dropout_rule(op, out, *args, **kwargs):
     "Of dropout."
     node = graph_node(out)
     if type(node).__name__ == 'MulBackward0': return lambda input, *args, **kwargs: node(input)[0]
@@ -320,7 +318,8 @@ class DualPass(Exchange):
         args, # Its arguments, exchanged
         kwargs, # Its keyword arguments, exchanged
     ): # What it gives, with tangents
-        "Call an operator, by its rule if it has one."
+        """Call an operator, by its rule if it has one; raises `GradientInside` for one that takes a gradient, and `NoForwardDerivative`
+        for one that sets a hook."""
         if self.use_rules and func in takes_gradient: raise GradientInside
         if func in sets_hook: raise NoForwardDerivative('a gradient hook (Tensor.register_hook)')
         known = rules.get(func) if self.use_rules else None

@@ -161,7 +161,11 @@ class Tape(WatchingMode):
             if before.intersection(numbers) - {k, None}: return True
         return False
 
-    def watch(self, function, args, kwargs):
+    def watch(self,
+        function, # A class of `torch.autograd.Function`
+        args, # The arguments of a call
+        kwargs, # The keyword arguments
+    )->tuple: # Arguments and keyword arguments, as they were
         "A custom function of autograd is a doubt where it gets what depends on the parameters; raises `TypeError` for some checkpoints."
         refuse_reentrant(function)
         dependent = any(self.number(t) is not None for t in _tensors((args, kwargs)))

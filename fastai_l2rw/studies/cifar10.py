@@ -95,10 +95,10 @@ def cifar10_rows(
     path:str, # Folder of CIFAR-10
     human:str|None, # File of CIFAR-10N, for a setting that has `kind`
     seed:int, # Seed of all draws
-    subset:float, # As for `cifar10_table`, like all that follow but the last
-    meta_per_class:int,
-    valid_per_class:int,
-    train_on_meta:bool,
+    subset:float, # Share of each class to use, as all that follows for `cifar10_table`
+    meta_per_class:int, # Number of trusted images of each class
+    valid_per_class:int, # Number of validation images of each class
+    train_on_meta:bool, # Have the trusted images in the training part as well?
     dominance:float|None=None, # Share of the first class
     tail:float|None=None, # Ratio of the first class to the last
     uniform:float|None=None, # Share of labels that are flipped to any other class

@@ -89,7 +89,7 @@ def l2rw_demo(
     noise:float=0.35, # Share of training labels that are wrong
     trusted:int=3, # Number of trusted examples per class
     out:Path=Path('l2rw_demo'), # Folder of the results; a run that was interrupted goes on with the same command
-):
+)->int: # Exit status
     "Compare reweighting with plain training and a weighted sampler on digits with wrong labels and a dominant class (about a minute)."
     return run_study('demo', SimpleNamespace(**locals()))
 
@@ -120,7 +120,7 @@ def l2rw_cifar10(
     threads:int=None, # CPU threads of each, which change figures a little; default: 1 for the cnn, otherwise all cores
     dry_run:store_true=False, # Only show the plan?
     quick:store_true=False, # A first look: three settings and schemes, --subset 0.2 --epochs 15 --bs 50 --seeds 2 --lrs 0.01 --jobs 2
-):
+)->int: # Exit status
     "Compare schemes on CIFAR-10 with a dominant class, a long tail, wrong labels and both; writes results, tables and figures."
     given = locals()
     default = dict(seeds=3, epochs=60, bs=100, subset=1., jobs=1, wd=0.)
@@ -157,7 +157,7 @@ def l2rw_ham10000(
     threads:int=None, # CPU threads of each, which change figures a little; default: 1 with --frozen, otherwise all cores
     dry_run:store_true=False, # Only show the plan?
     quick:store_true=False, # A first look: three schemes, --frozen --arch efficientnet_lite0 --size 96 --epochs 15 --lrs 0.001 --seeds 2
-):
+)->int: # Exit status
     """Compare schemes on HAM10000 with right and with wrong labels; writes results, tables, figures and, for the challenge's test set,
     submissions."""
     given = locals()

@@ -59,7 +59,7 @@ def digits_data(
     noise:float=0.35, # Share of training labels that are wrong
     trusted_per_class:int=3, # Number of trusted examples per class
     dominant:int=0, # The dominant class
-)->DigitsData:
+)->DigitsData: # Digits, labels and parts
     "Split scikit-learn's digits and make their training part skewed and noisy; raises `ValueError` for a share that can't be reached."
     if not 0 < dominance < 1: raise ValueError(f'dominance={dominance} must be a share, between 0 and 1')
     if not 0 <= noise <= 1: raise ValueError(f'noise={noise} must be a share, from 0 to 1')

@@ -30,7 +30,7 @@ def cell_key(
     return json.dumps(cell, sort_keys=True)
 
 class Results:
-    "The finished cells of a folder, in the append-only file `results.jsonl`."
+    "The finished cells of a folder, in the append-only file `results.jsonl`; raises `ValueError` for a line that is no row of results."
     def __init__(self,
         folder:str|Path, # Folder of the results, which need not exist yet
     ):

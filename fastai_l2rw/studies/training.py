@@ -213,7 +213,7 @@ def fit_schedule(
     lr:float, # Learning rate, the largest if it changes
     schedule:str='constant', # One of `schedules`
 ):
-    "Train at a constant rate, down half a cosine, by fastai's one cycle, or by its `fine_tune`."
+    "Train at a constant rate, down half a cosine, by fastai's one cycle, or by its `fine_tune`; raises `ValueError` for another schedule."
     if   schedule == 'constant': learn.fit(epochs, lr)
     elif schedule == 'cosine': learn.fit(epochs, lr, cbs=ParamScheduler(dict(lr=SchedCos(lr, 0.))))
     elif schedule == 'one-cycle': learn.fit_one_cycle(epochs, lr)
