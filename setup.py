@@ -3,6 +3,7 @@ import re
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 settings = ConfigParser()
@@ -23,6 +24,11 @@ def absolute(link):
     return f'{image}[{text}]({place}/{target})'
 
 blocks = re.split(r'(^```.*?^```$)', (here/'README.md').read_text(encoding='utf-8'), flags=re.M | re.S) # prose, code, prose, ...
+class BuildWithoutIndex(build_py):
+    "Leave out what only nbdev in a clone reads; it would be a twentieth of the wheel."
+    def find_package_modules(self, package, package_dir):
+        return [o for o in super().find_package_modules(package, package_dir) if o[1] != '_modidx']
+
 readme = ''.join(o if i % 2 else re.sub(r'(!?)\[([^\]]*)\]\(([^)\s]+)\)', absolute, o) for i,o in enumerate(blocks))
 
 setup(
@@ -61,8 +67,6 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require=extras,
-    entry_points={
-        'console_scripts': cfg['console_scripts'].split(),
-        'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
-    },
+    entry_points={'console_scripts': cfg['console_scripts'].split()},
+    cmdclass=dict(build_py=BuildWithoutIndex),
 )

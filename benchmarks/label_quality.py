@@ -12,6 +12,7 @@ Without files, scikit-learn's digits are taken. cleanlab (5-fold) is compared wi
 """
 import warnings
 from argparse import ArgumentParser
+from functools import partial
 from pathlib import Path
 
 import fastai, numpy as np, pandas as pd, torch
@@ -85,7 +86,7 @@ def train(X, parts, y, scheme, seed, epochs, lr):
     how = dict(dls=dls, cbs=MetaReweightCallback(loader(X, y, trusted), start=epochs), loss_func=nn.CrossEntropyLoss()) # plain, but noted
     if scheme != 'unweighted': how = weighting_scheme(scheme, dls, loader(X, y, trusted))
     model = nn.Sequential(nn.Linear(X.shape[1], 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, dls.c))
-    learn = Learner(model=model, metrics=BalancedAccuracy(), opt_func=SGD, **how)
+    learn = Learner(model=model, metrics=BalancedAccuracy(), opt_func=partial(SGD, mom=0.9), **how)
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs, lr, cbs=ParamScheduler({'lr': SchedCos(lr, 0)}))
     return learn
 
@@ -133,7 +134,7 @@ def one(X, y, others, setting, seed, schemes, epochs, lr, cleanlab):
 
 def report(df, given):
     "Tables as Markdown, with what made them."
-    spread = lambda o: f'{o.mean():.1f} ± {o.std():.1f}'
+    spread = lambda o: f'{o.mean():.1f} ± {o.std():.1f}' if len(o) > 1 else f'{o.mean():.1f}'
     df = df.assign(setting=df.data + ', ' + df.setting)
     order = list(dict.fromkeys(df.setting))
     accuracy = df[df.what.isin(SCHEMES)]
