@@ -30,7 +30,7 @@ def test_all_exports_everything():
 
 def test_the_table_of_what_works_is_what_is_tested():
     import test_callbacks, test_lookahead, test_losses, test_models
-    cells = json.loads((root/'nbs'/'tutorials'/'what_works.ipynb').read_text())['cells']
+    cells = json.loads((root/'nbs'/'reference'/'what_works.ipynb').read_text())['cells']
     told = [name for cell in cells for line in ''.join(cell['source']).splitlines() if line.startswith('| `') for name in re.findall('`([^`]+)`', line.split('|')[1])]
     tested = [name for table in (test_models.LEARNERS, test_losses.LOSSES, test_lookahead.OPTIMIZERS, test_callbacks.CALLBACKS, test_callbacks.MODES) for name in table]
     elsewhere = ['ModelResetter', 'RNNCallback', 'RNNRegularizer']
