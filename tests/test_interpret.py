@@ -415,8 +415,8 @@ def test_a_quality_of_the_callback_is_taken(make_learner):
     cb = learn.meta_reweight
     n = len(train)
     quality = pd.Series(np.linspace(1, 0, n), index=range(n))
-    cb.label_quality = lambda: quality
-    cb.calibration = lambda: pd.DataFrame(dict(quality=[0.1, 0.5, 0.9], right=[0.2, 0.4, 1.], n=[5, 5, 5]))
+    cb.label_quality = lambda: pd.DataFrame(dict(label_quality=quality, suggested=0))
+    cb.calibration = lambda: pd.DataFrame(dict(quality=[0.05, 0.15, 0.5, 0.9], right=[0., 0.4, 0.4, 1.]))
     interp = MetaInterpretation.from_learner(learn)
     np.testing.assert_allclose(interp.table().label_quality, quality)
     seen = interp.table().query('visits > 0').index
