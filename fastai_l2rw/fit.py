@@ -385,7 +385,9 @@ def check_skippable(self:Fit):
 def end_epoch(self:Fit):
     "End an epoch of training: take its means, and let the weigher draw its conclusions."
     self.means = self.epoch.means()
-    if hasattr(self.weigher, 'end_epoch') and not self.searching: self.weigher.end_epoch(self)
+    if hasattr(self.weigher, 'end_epoch') and not self.searching:
+        self.weigher.end_epoch(self)
+        self.save() # with what the weigher knows by now
 
 @patch
 def begin_epoch(self:Fit,

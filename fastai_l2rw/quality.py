@@ -166,7 +166,9 @@ class LabelQuality:
         state:dict, # As `state` gave it, for as many items and classes
     ):
         "Go on from there."
-        for k,v in state.items(): setattr(self, k, v.to(self.labels.device) if isinstance(v, Tensor) else v)
+        for k,v in state.items():
+            if isinstance(v, Tensor): v = v.to(getattr(self, k, self.log_probs)) # an optimizer that has kept it has made other types of it
+            setattr(self, k, v)
 
 # %% ../nbs/08a_quality.ipynb #4315e33e
 def check_has_classes(
