@@ -155,6 +155,7 @@ def _robust(dls, loss_func, meta_dl, **kwargs):
 @delegates(MetaReweightCallback)
 def _calibrated(dls, loss_func, meta_dl, **kwargs):
     "how likely a label is right, balanced over the classes, and alignment with trusted examples as far as labels are wrong"
+    class_counts(dls) # raises where there are no classes
     return dict(dls=dls, loss_func=loss_func, cbs=[MetaReweightCallback(meta_dl, **dict(calibrate=True) | kwargs)])
 
 @register_scheme('meta-weight-net', learns=True, source='MetaWeightNetCallback; Shu et al., NeurIPS 2019')

@@ -245,9 +245,9 @@ def test_what_a_scheme_gives():
 
 def test_the_schemes_of_this_package():
     by_class = 'weighted sampler','inverse frequency','effective number'
-    assert weighting_schemes == ('unweighted', *by_class, 'focal', 'reweighted', 'robust', 'meta-weight-net')
+    assert weighting_schemes == ('unweighted', *by_class, 'focal', 'reweighted', 'robust', 'calibrated', 'meta-weight-net')
     assert tuple(scheme_registry) == weighting_schemes and all(o.name == k for k,o in scheme_registry.items())
-    assert [k for k,o in scheme_registry.items() if o.learns] == ['reweighted', 'robust', 'meta-weight-net']
+    assert [k for k,o in scheme_registry.items() if o.learns] == ['reweighted', 'robust', 'calibrated', 'meta-weight-net']
     assert [k for k,o in scheme_registry.items() if o.replaces_loss] == ['inverse frequency', 'effective number', 'focal']
     table = schemes_table()
     assert tuple(table.index) == weighting_schemes
@@ -261,7 +261,7 @@ def test_an_unknown_option_is_named_with_its_scheme(scheme):
     with pytest.raises(TypeError, match=f"scheme='{scheme}' .* loss_func"): weighting_scheme(scheme, make_dls(), loss_func=None)
 
 @pytest.mark.parametrize('scheme,cls',
-    [('reweighted', MetaReweightCallback), ('robust', MetaReweightCallback), ('meta-weight-net', MetaWeightNetCallback)])
+    [('reweighted', MetaReweightCallback), ('robust', MetaReweightCallback), ('calibrated', MetaReweightCallback), ('meta-weight-net', MetaWeightNetCallback)])
 def test_options_are_those_of_the_callback(scheme, cls):
     assert scheme_registry[scheme].options == [o for o in inspect.signature(cls.__init__).parameters if o not in ('self', 'meta_dl')]
 
