@@ -14,12 +14,15 @@ from sklearn.datasets import load_digits
 
 from fastai_l2rw.all import MetaReweightCallback, normalise, rectify, unrolled_weights
 
-SLOW = ('callbacks', 'data_cifar10', 'data_core', 'data_folders', 'data_ham10000', 'demo', 'experiments', 'faults', 'models', 'report')
+SLOW = ('callbacks', 'checked', 'data_cifar10', 'data_core', 'data_folders', 'data_ham10000', 'demo', 'experiments', 'faults', 'interpret', 'mistakes',
+    'models', 'readme', 'report')
 
 def pytest_collection_modifyitems(items):
-    "The fast set for daily work, `pytest -m 'not slow'`, has what compares weights with independent computations, and leaves these files out."
+    """The fast set for daily work, `pytest -m 'not slow'`, has what compares weights with independent computations, and leaves these files out,
+    and most engines in the one with the most comparisons."""
     for item in items:
-        if item.path.stem.removeprefix('test_') in SLOW: item.add_marker(pytest.mark.slow)
+        asked_for = item.path.stem == 'test_right' and getattr(item, 'callspec', None) and item.callspec.params.get('engine') in ('forward', 'reverse')
+        if asked_for or item.path.stem.removeprefix('test_') in SLOW: item.add_marker(pytest.mark.slow)
 
 torch.set_num_threads(1) # threads are no gain for tensors this small, and a loss on a busy machine
 
