@@ -272,7 +272,7 @@ def item_evidence(self:MetaReweightCallback)->pd.DataFrame: # By position, as `L
     return self.record_of_items.item_evidence()
 
 @patch
-def label_quality(self:MetaReweightCallback)->pd.DataFrame|None: # By position, `label_quality` (0 to 1) and `suggested`; None without `calibrate`
+def label_quality(self:MetaReweightCallback)->pd.DataFrame|None: # By position: `label_quality` and `suggested`; None without `calibrate`
     "How likely the label of each training item is right, and the likeliest class, after the last fit with `calibrate=True`."
     return None if self.judged is None or self.judged.share is None else self.judged.table()
 

@@ -425,21 +425,19 @@ def meta_gradient_at(self:Fit,
 
 @patch
 def trusted_log_probs(self:Fit,
-    n_classes:int, # Number of classes that the model tells of
     times:int=3, # Number of passes, each with other random numbers, whose mean is taken
 )->tuple[Tensor,Tensor]: # Logarithms of the probabilities of the classes, shape (m, n_classes), and the labels, shape (m,)
-    "What the model, in the mode in which it trains, says of the trusted examples; raises `ValueError` if they have no such classes."
+    "What the model, in the mode in which it trains, says of the trusted examples; raises `ValueError` where there are no classes."
     said,labels = [],[]
     with naming(self.describe_trusted):
         for batch in self.trusted.once():
-            self.meta_batch = batch
-            def pass_(k):
-                seed = (derived_seed(self.device) + k) % 2**32
-                with torch.no_grad(), virtual_pass(self.model, seed, self.autocast(), changing=self.changing):
-                    output = self.losses.of_output(run(self.model, batch[0]))
-                check_has_classes(output, batch[1])
-                return output.float().log_softmax(1)
-            said.append(torch.stack([pass_(k) for k in range(times)]).mean(0))
+            self.meta_batch,seed = batch,derived_seed(self.device)
+            outputs = []
+            for k in range(times):
+                with torch.no_grad(), virtual_pass(self.model, (seed + k) % 2**32, self.autocast(), changing=self.changing):
+                    outputs.append(self.losses.of_output(run(self.model, batch[0])))
+            check_has_classes(outputs[0], batch[1])
+            said.append(torch.stack([o.float().log_softmax(1) for o in outputs]).mean(0))
             labels.append(batch[1][0].flatten().long())
     return torch.cat(said),torch.cat(labels)
 

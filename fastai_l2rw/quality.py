@@ -53,13 +53,17 @@ def label_quality(
     trusted_labels:Tensor, # Their labels, shape (m,)
 )->pd.DataFrame: # A row for each item: `label_quality`, the probability that its label is right, and `suggested`, the likeliest class
     "How likely each label is right; raises `ValueError` for shapes or labels that do not fit."
+    quality,suggested = _judged(log_probs, labels, trusted_log_probs, trusted_labels)
+    return pd.DataFrame(dict(label_quality=quality.cpu().numpy(), suggested=suggested.cpu().numpy()))
+
+def _judged(log_probs, labels, trusted_log_probs, trusted_labels):
+    "As `label_quality`, in tensors."
     check_labelled('log_probs', log_probs, 'labels', labels)
     check_labelled('trusted_log_probs', trusted_log_probs, 'trusted_labels', trusted_labels)
     if log_probs.shape[1] != trusted_log_probs.shape[1]: raise ValueError(
         f'log_probs has {log_probs.shape[1]} classes and trusted_log_probs {trusted_log_probs.shape[1]}: give both of the same model')
     classes = true_classes(sharpness(trusted_log_probs, trusted_labels)*log_probs.detach().float(), labels.long())
-    quality = classes.gather(1, labels.long()[:, None])[:, 0]
-    return pd.DataFrame(dict(label_quality=quality.cpu().numpy(), suggested=classes.argmax(1).cpu().numpy()))
+    return classes.gather(1, labels.long()[:, None])[:, 0], classes.argmax(1)
 
 def check_labelled(
     name:str, # What the log-probabilities are called
@@ -92,7 +96,7 @@ class LabelQuality:
         self.log_probs,self.visits = torch.zeros(n_items, n_classes, device=device),torch.zeros(n_items, device=device)
         self.labels = torch.full((n_items,), -1, device=device)
         self.quality,self.suggested = torch.full((n_items,), torch.nan, device=device),self.labels.clone()
-        self.of_trusted = None # log-probabilities and labels of trusted examples at the last judgement
+        self.of_trusted = self.by_class = None # what the last judgement was made with: trusted log-probabilities and labels, and class weights
 
     def see(self,
         items:Tensor, # Positions of the items of a batch, shape (n,)
@@ -119,9 +123,7 @@ class LabelQuality:
         "Find how likely each label is right; raises `ValueError` if trusted examples have other classes."
         at,said = self.said()
         if not len(at): return
-        found = label_quality(said, self.labels[at], trusted_log_probs, trusted_labels)
-        self.quality[at] = torch.from_numpy(found.label_quality.to_numpy()).to(self.quality)
-        self.suggested[at] = torch.from_numpy(found.suggested.to_numpy()).to(self.suggested)
+        self.quality[at],self.suggested[at] = _judged(said, self.labels[at], trusted_log_probs, trusted_labels)
         self.share,self.of_trusted = float(self.quality[at].mean()),(trusted_log_probs.cpu(), trusted_labels.cpu())
         per_class = len(trusted_labels)/said.shape[1]
         self.believed = 1 - (1 - self.share)*per_class/(per_class + 3)
@@ -151,8 +153,7 @@ class LabelQuality:
         for half in (torch.arange(m) % 2 == 0, torch.arange(m) % 2 == 1):
             scaled = sharpness(said[~half], labels[~half])*said[half].double()
             for given,right in ((labels[half], True), (other[half], False)):
-                prior = torch.full_like(scaled, 0.5/(n_classes - 1)).scatter(1, given[:, None], 0.5)
-                q = (scaled.exp()*prior).gather(1, given[:, None])[:, 0]/(scaled.exp()*prior).sum(1)
+                q = true_classes(scaled, given, right=0.5, n_rounds=0).gather(1, given[:, None])[:, 0] # nothing is known of the shares
                 rows.append(pd.DataFrame(dict(quality=q.numpy(), right=right)))
         return pd.concat(rows, ignore_index=True)
 
@@ -219,7 +220,7 @@ class CalibratedWeigher(AlignmentWeigher):
         fit, # The fit, with `trusted_log_probs`
     ):
         "Judge the labels."
-        if self.quality is not None: self.quality.judge(*fit.trusted_log_probs(self.quality.log_probs.shape[1]))
+        if self.quality is not None: self.quality.judge(*fit.trusted_log_probs())
 
     def state(self)->dict: # For `load`
         "What a checkpoint keeps."

@@ -425,10 +425,13 @@ class TrustedBatches:
         self.batches = _endless(dl)
 
     def once(self)->Iterator: # Batches
-        "The batches of one pass over the loader, in a new order; `begin` another epoch afterwards."
+        """The batches of one pass over the loader, in a new order, but no more than were read since the epoch began, since a loader may never end;
+        `begin` another epoch afterwards."""
+        most,self.passed = self.n_read,False
         self.begin(self.epoch)
-        self.passed = False
-        while not self.passed: yield next(self)
+        for _ in range(most):
+            yield next(self)
+            if self.passed: return
 
     def __next__(self):
         self.n_read += 1

@@ -300,7 +300,7 @@ class Places:
                 if t.layout != torch.strided: now,before = now.to_dense(),before.to_dense()
                 if t.is_floating_point(): now,before = now.nan_to_num(),before.nan_to_num()
                 return not torch.equal(now, before)
-            except (NotImplementedError, RuntimeError): return False # of a kind that can't be compared, and hardly ever changes
+            except RuntimeError: return True # of a kind that can't be compared, so it is treated as one that changes
         tensors = [t for t,before in self.tensors if differs(t, before)]
         return tensors,[o for o,content in self.contents if not _same(content, content_of(o))]
 

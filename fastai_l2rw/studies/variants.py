@@ -6,7 +6,8 @@
 __all__ = ['variants', 'default_schemes']
 
 # %% ../../nbs/29_studies.variants.ipynb #54677c54
-_schemes = 'unweighted','weighted sampler','inverse frequency','effective number','focal','reweighted','robust','calibrated','meta-weight-net'
+_schemes = ('unweighted', 'weighted sampler', 'inverse frequency', 'effective number', 'focal',
+    'reweighted', 'robust', 'calibrated', 'meta-weight-net')
 
 # by name: `scheme`; `kwargs` for `weighting_scheme`; `sampler`: draw the classes equally often; `head`: look ahead along the last layer
 # only; `alone`: train on nothing but the trusted items; `right`: leave wrong labels out
