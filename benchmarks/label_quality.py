@@ -54,7 +54,8 @@ def make_features(out, folder, size=96):
     def image(file): return (torch.tensor(np.array(Image.open(file).convert('RGB').resize((size, size)))).permute(2, 0, 1)/255 - mean)/std
     with torch.no_grad():
         X = torch.cat([net.extract_features(torch.stack([image(o) for o in files[i:i+64]])).mean((2, 3)) for i in range(0, len(files), 64)])
-    np.savez(out, X=X.numpy(), y=np.array([o.parent.name for o in files]), test=np.array(['test' in o.relative_to(folder).parts for o in files]))
+    test = np.array(['test' in o.relative_to(folder).parts for o in files])
+    np.savez(out, X=X.numpy(), y=np.array([o.parent.name for o in files]), test=test)
 
 def split(X, y, others, seed, noise=0., kind='uniform', labels=None, counts=None, trusted=10):
     "Positions of test, training and trusted items, and the labels given."
@@ -94,8 +95,8 @@ def detection(suspicious, wrong, labels):
     "How well numbers find wrong labels, in %."
     within = [roc_auc_score(wrong[labels == c], suspicious[labels == c]) for c in np.unique(labels) if len(set(wrong[labels == c])) == 2]
     order = np.argsort(-suspicious, kind='stable')
-    return {'AUC': roc_auc_score(wrong, suspicious), 'AUC within labels': np.mean(within), 'average precision': average_precision_score(wrong, suspicious),
-        'of the first 100': wrong[order[:100]].mean(), 'of the first 500': wrong[order[:500]].mean()}
+    return {'AUC': roc_auc_score(wrong, suspicious), 'AUC within labels': np.mean(within),
+        'average precision': average_precision_score(wrong, suspicious), 'of the first 100': wrong[order[:100]].mean(), 'of the first 500': wrong[order[:500]].mean()}
 
 def cross_validated(X, parts, y, seed, epochs, lr):
     "cleanlab's score, by the unweighted scheme on four fifths of the items each time."
@@ -128,7 +129,8 @@ def one(X, y, others, setting, seed, schemes, epochs, lr, cleanlab):
             gaps = [(tenth == k).mean()*abs((~wrong[tenth == k]).mean() - quality[tenth == k].mean()) for k in np.unique(tenth)]
             rows.append(dict(what='calibration error', value=100*sum(gaps)))
             if wrong.any(): found = {'label quality': 1 - quality}
-        if scheme == 'unweighted' and wrong.any() and cleanlab: found['cleanlab, five trainings'] = cross_validated(X, parts, y, seed, epochs, lr)
+        if scheme == 'unweighted' and wrong.any() and cleanlab:
+            found['cleanlab, five trainings'] = cross_validated(X, parts, y, seed, epochs, lr)
         rows += [dict(what=f'{name}: {k}', value=100*v) for name,s in found.items() for k,v in detection(s, wrong, given[items]).items()]
     return rows
 
@@ -140,17 +142,21 @@ def report(df, given):
     accuracy = df[df.what.isin(SCHEMES)]
     wide = accuracy.pivot_table(index=['setting','seed'], columns='what', values='value')
     lines = ['# Label quality, and weights that follow from it', '', f'`python benchmarks/label_quality.py {given}`', '',
-        f'torch {torch.__version__}, fastai {fastai.__version__}. {df.seed.nunique()} seeds, mean ± standard deviation. Features of a pretrained '
-        'EfficientNet-Lite0 for images, a head with 256 hidden units, 10 trusted items of a class (3 where it says so).', '', '## Balanced accuracy on test items, %', '']
+        f'torch {torch.__version__}, fastai {fastai.__version__}. {df.seed.nunique()} seeds, mean ± standard deviation. '
+        'Features of a pretrained EfficientNet-Lite0 for images, a head with 256 hidden units, 10 trusted items of a class '
+        '(3 where it says so).', '', '## Balanced accuracy on test items, %', '']
     shown = [o for o in SCHEMES if o in wide]
     lines += ['| | ' + ' | '.join(shown) + ' | calibrated − inverse frequency | calibrated − robust |', '|---'*(len(shown) + 3) + '|']
     for k in order:
         w = wide.loc[k]
         cells = [spread(w[o].dropna()) if o in w and w[o].notna().any() else '' for o in shown]
-        lines.append(f'| {k} | ' + ' | '.join(cells) + f' | {spread(w["calibrated"] - w["inverse frequency"])} | {spread(w["calibrated"] - w["robust"])} |')
+        cells += [spread(w['calibrated'] - w[o]) for o in ('inverse frequency','robust')]
+        lines.append(f'| {k} | ' + ' | '.join(cells) + ' |')
     means = wide.groupby('setting').mean().mean()
-    lines += ['| mean | ' + ' | '.join(f'{means[o]:.1f}' if o != 'right labels alone' else '' for o in shown) + ' | | |', '', '## Wrong labels found, %', '']
-    found = df[df.what.str.contains(': ')].assign(score=lambda d: d.what.str.split(': ').str[0], measure=lambda d: d.what.str.split(': ').str[1])
+    cells = [f'{means[o]:.1f}' if o != 'right labels alone' else '' for o in shown]
+    lines += ['| mean | ' + ' | '.join(cells) + ' | | |', '', '## Wrong labels found, %', '']
+    found = df[df.what.str.contains(': ')].copy()
+    found[['score','measure']] = found.what.str.split(': ', expand=True)
     measures = list(dict.fromkeys(found.measure))
     lines += ['| | by | ' + ' | '.join(measures) + ' |', '|---'*(len(measures) + 2) + '|']
     for (k,score),g in sorted(found.groupby(['setting','score'], sort=False), key=lambda o: order.index(o[0][0])):
@@ -163,7 +169,7 @@ def report(df, given):
     return '\n'.join(lines) + '\n'
 
 def main():
-    parser = ArgumentParser(description='Train by several schemes, find wrong labels by several scores, and write results.csv and results.md.')
+    parser = ArgumentParser(description='Train by several schemes, find wrong labels by several scores, write results.csv and results.md.')
     parser.add_argument('files', nargs='*', type=Path, help="files of features, named as the data; default: scikit-learn's digits")
     parser.add_argument('--make', action='store_true', help='make the first file, from the folder of images that is given second')
     parser.add_argument('--size', type=int, default=96, help='pixels of the images for --make')
@@ -194,7 +200,8 @@ def main():
                     warnings.simplefilter('ignore')
                     new = one(X, y, others, how, seed, o.schemes.split(','), o.epochs, o.lr, o.cleanlab)
                 rows += [dict(data=name, setting=setting, seed=seed) | r for r in new]
-                print(seed, name, setting, {r['what']: round(r['value'], 1) for r in new if ': ' not in r['what'] or r['what'].endswith('within labels')}, flush=True)
+                told = [r for r in new if ': ' not in r['what'] or r['what'].endswith('within labels')]
+                print(seed, name, setting, {r['what']: round(float(r['value']), 1) for r in told}, flush=True)
                 pd.DataFrame(rows).round(4).to_csv(store, index=False)
                 given = ' '.join(map(str, [*(f.name for f in o.files), '--seeds', o.seeds, *(['--cleanlab'] if o.cleanlab else [])]))
                 if o.settings: given += f" --settings '{o.settings}'"

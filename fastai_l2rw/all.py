@@ -1,5 +1,5 @@
-"""What users of fastai_l2rw need, for `from fastai_l2rw.all import *`. The other public names of these modules can be had from here, too, but
-have to be named: `from fastai_l2rw.all import virtual_step`."""
+"""What users of fastai_l2rw need, for `from fastai_l2rw.all import *`. The other public names of these modules can be
+had from here, too, but have to be named: `from fastai_l2rw.all import virtual_step`."""
 from fastai_l2rw.reweight import *
 from fastai_l2rw.lookahead import *
 from fastai_l2rw.weighers import *

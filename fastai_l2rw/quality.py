@@ -96,7 +96,7 @@ class LabelQuality:
         self.log_probs,self.visits = torch.zeros(n_items, n_classes, device=device),torch.zeros(n_items, device=device)
         self.labels = torch.full((n_items,), -1, device=device)
         self.quality,self.suggested = torch.full((n_items,), torch.nan, device=device),self.labels.clone()
-        self.of_trusted = self.by_class = None # what the last judgement was made with: trusted log-probabilities and labels, and class weights
+        self.of_trusted = self.by_class = None # log-probabilities and labels of trusted examples, and class weights, of the last judgement
 
     def see(self,
         items:Tensor, # Positions of the items of a batch, shape (n,)
@@ -180,8 +180,9 @@ def check_has_classes(
     fits = isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] > 1 and output.is_floating_point()
     y = targets[0] if len(targets) == 1 else None
     fits = fits and isinstance(y, Tensor) and y.numel() == len(output) and not y.is_floating_point() and not y.is_complex()
-    if not fits: raise ValueError('calibrate=True is for models that give one number for each class, and data with one class label for each '
-        f'item, but the output is {_in_short(output)} and the targets are {_in_short(targets)}: use calibrate=False')
+    if not fits: raise ValueError(
+        'calibrate=True is for models that give one number for each class, and data with one class label for each item, '
+        f'but the output is {_in_short(output)} and the targets are {_in_short(targets)}: use calibrate=False')
 
 def _in_short(o):
     "Shapes and types, in words."

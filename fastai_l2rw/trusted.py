@@ -425,8 +425,8 @@ class TrustedBatches:
         self.batches = _endless(dl)
 
     def once(self)->Iterator: # Batches
-        """The batches of one pass over the loader, in a new order, but no more than were read since the epoch began, since a loader may never end;
-        `begin` another epoch afterwards."""
+        """The batches of one pass over the loader, in a new order, but no more than were read since the epoch began, since a loader may
+        never end; `begin` another epoch afterwards."""
         most,self.passed = self.n_read,False
         self.begin(self.epoch)
         for _ in range(most):

@@ -14,14 +14,15 @@ from sklearn.datasets import load_digits
 
 from fastai_l2rw.all import MetaReweightCallback, normalise, rectify, unrolled_weights
 
-SLOW = ('callbacks', 'checked', 'data_cifar10', 'data_core', 'data_folders', 'data_ham10000', 'demo', 'docs', 'experiments', 'faults', 'interpret', 'ledger',
-    'mistakes', 'models', 'params', 'project', 'readme', 'report', 'skip_zeros')
+SLOW = ('callbacks', 'checked', 'data_cifar10', 'data_core', 'data_folders', 'data_ham10000', 'demo', 'docs', 'experiments',
+    'faults', 'interpret', 'ledger', 'mistakes', 'models', 'params', 'project', 'readme', 'report', 'skip_zeros')
 
 def pytest_collection_modifyitems(items):
-    """The fast set for daily work, `pytest -m 'not slow'`, has what compares weights with independent computations, and leaves these files out,
-    and most engines in the one with the most comparisons."""
+    """The fast set for daily work, `pytest -m 'not slow'`, has what compares weights with independent computations. It leaves these
+    files out, and the engines that are asked for in the file with the most comparisons."""
     for item in items:
-        asked_for = item.path.stem == 'test_right' and getattr(item, 'callspec', None) and item.callspec.params.get('engine') in ('forward', 'reverse')
+        params = item.callspec.params if hasattr(item, 'callspec') else {}
+        asked_for = item.path.stem == 'test_right' and params.get('engine') in ('forward', 'reverse')
         if asked_for or item.path.stem.removeprefix('test_') in SLOW: item.add_marker(pytest.mark.slow)
 
 torch.set_num_threads(1) # threads are no gain for tensors this small, and a loss on a busy machine

@@ -124,7 +124,8 @@ def test_large_tables_are_read_in_pieces(tmp_path, monkeypatch):
     tracemalloc.stop()
     assert len(df) == 120_000 and df.image_id[119_999] == 'ISIC_0119999' and peak < 7*size
     monkeypatch.setattr(folders, '_largest_table', 2**20)
-    with pytest.raises(ValueError, match="can't be read as a table: it has more than 1 MB, unpacked, which is too large to be meant"): read_table(tmp_path/'t.gz')
+    with pytest.raises(ValueError, match="can't be read as a table: it has more than 1 MB, unpacked, which is too large to be meant"):
+        read_table(tmp_path/'t.gz')
 
 @pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'latin-1'])
 @pytest.mark.parametrize('at', [0, 2**20 - 6, 2**20 - 5, 2**20 - 4])

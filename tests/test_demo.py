@@ -128,7 +128,8 @@ def test_nothing_is_lost(tmp_path, monkeypatch):
         pd.DataFrame(dict(weight=1.), index=range(len(data.train))) if scheme == 'reweighted' else None))
     options = dict(seeds=1, epochs=1, out=tmp_path/'out')
     monkeypatch.setattr(os, 'write', full)
-    with pytest.raises(SystemExit, match='is the disk full.*2 of 4 trainings are kept in .*, and the same command goes on'): l2rw_demo(**options)
+    with pytest.raises(SystemExit, match='is the disk full.*2 of 4 trainings are kept in .*, and the same command goes on'):
+        l2rw_demo(**options)
     monkeypatch.setattr(os, 'write', write)
     def no_space(self, file, **kwargs): raise OSError(28, 'No space left on device', str(file))
     with monkeypatch.context() as m, pytest.raises(SystemExit, match='No space left on device.*4 of 4 trainings are kept'):

@@ -104,11 +104,13 @@ def faults(source, name, node, told_elsewhere=False):
         elif doc[-1] not in '.?' or '\n\n' in doc: yield 'the docstring is no sentence'
     if isinstance(node, ast.ClassDef):
         for o in node.body:
-            if isinstance(o, ast.AnnAssign) and not o.target.id.startswith('_') and not source.comments.get(o.end_lineno): yield f'{o.target.id}: no comment'
+            if isinstance(o, ast.AnnAssign) and not o.target.id.startswith('_') and not source.comments.get(o.end_lineno):
+                yield f'{o.target.id}: no comment'
         return
     if is_init: doc += ast.get_docstring(source.defs[name.split('.')[0]]) or ''
     for o in sorted(raised(source, name, node)):
-        if not re.search(rf'\b{o}\b', doc) and not re.search(r'[Rr]aises[^.]* what `', doc): yield f'{o} is raised, which the docstring does not say'
+        if not re.search(rf'\b{o}\b', doc) and not re.search(r'[Rr]aises[^.]* what `', doc):
+            yield f'{o} is raised, which the docstring does not say'
     if told_elsewhere: return
     a = node.args
     params = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
@@ -117,7 +119,8 @@ def faults(source, name, node, told_elsewhere=False):
     positional = [*a.posonlyargs, *a.args]
     defaults = dict(zip([o.arg for o in positional[len(positional) - len(a.defaults):]], a.defaults)) | {o.arg: d for o,d in zip(a.kwonlyargs, a.kw_defaults)}
     for o in params:
-        if o.lineno == node.lineno or lines.count(o.lineno) > 1 or not source.comments.get(o.end_lineno): yield f'{o.arg}: no comment in a line of its own'
+        if o.lineno == node.lineno or lines.count(o.lineno) > 1 or not source.comments.get(o.end_lineno):
+            yield f'{o.arg}: no comment in a line of its own'
         default = getattr(defaults.get(o.arg), 'value', None)
         if default is not None and o.annotation is None: yield f'{o.arg}: no type, though it is {default!r} by default'
     given = [o.value for o,_ in inside(node, (ast.Return, ast.Yield))]
@@ -168,7 +171,8 @@ def test_methods_are_read_with_their_class():
 
 # The site: nbs/_quarto.yml, nbs/sidebar.yml, and the notebooks, which nbdev_docs processes
 
-def cells(file, kind): return [''.join(c['source']) for c in json.loads(file.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == kind]
+def cells(file, kind):
+    return [''.join(c['source']) for c in json.loads(file.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == kind]
 
 def directives(text): return set(re.findall(r'^#\|\s*(\w+)', text, flags=re.M))
 

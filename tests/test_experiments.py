@@ -205,10 +205,12 @@ def test_folders_that_cannot_be_used(tmp_path):
     "One line says why, and nothing is changed."
     (tmp_path/'file').touch()
     for out in (tmp_path/'file', tmp_path/'file'/'x'):
-        with pytest.raises(SystemExit, match=f'^--out is {out}, but must be a folder that can be written to: [^\n]*$'): run_grid(make_grid_of(), fake, out)
+        with pytest.raises(SystemExit, match=f'^--out is {out}, but must be a folder that can be written to: [^\n]*$'):
+            run_grid(make_grid_of(), fake, out)
     for dry_run in (False, True):
         (tmp_path/'results.jsonl').write_text('{"cell": {}, "result": {}}\nrubbish\n')
-        with pytest.raises(SystemExit, match="whose results can't be read: line 2 of .* Nothing was changed"): run_grid(make_grid_of(), fake, tmp_path, dry_run=dry_run)
+        with pytest.raises(SystemExit, match="whose results can't be read: line 2 of .* Nothing was changed"):
+            run_grid(make_grid_of(), fake, tmp_path, dry_run=dry_run)
         assert (tmp_path/'results.jsonl').read_text().endswith('rubbish\n')
 
 def test_progress_in_lines(capsys):

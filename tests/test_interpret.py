@@ -65,7 +65,8 @@ def check_table(interp, log, vocab):
     assert list(seen.index) == sorted(by_item.groups)
     for o in ('loss', 'log_prob', 'margin'): np.testing.assert_allclose(seen[o], by_item[o].mean(), rtol=1e-4, atol=1e-5)
     evidence = interp.ledger.item_evidence()
-    for o in ('loss', 'log_prob', 'margin'): np.testing.assert_allclose(evidence[f'{o}_recent'], by_item[o].apply(lambda v: recent(v.to_numpy())), rtol=1e-4, atol=1e-5)
+    for o in ('loss', 'log_prob', 'margin'):
+        np.testing.assert_allclose(evidence[f'{o}_recent'], by_item[o].apply(lambda v: recent(v.to_numpy())), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(seen.label_quality, np.exp(by_item.log_prob.apply(lambda v: recent(v.to_numpy()))), rtol=1e-4, atol=1e-5)
     weighed = log.dropna(subset='weight').groupby('item')
     np.testing.assert_allclose(df.weight.dropna(), weighed.weight.mean(), rtol=1e-4, atol=1e-5)
@@ -189,7 +190,8 @@ def test_a_second_fit_begins_anew_and_runs_can_be_merged(make_learner):
 
 @pytest.mark.parametrize('smooth', [0., 0.5])
 def test_a_checkpoint_keeps_what_was_seen(make_learner, smooth):
-    def make(): return make_learner([MetaReweightCallback(smooth=smooth), Spy(), SaveModelCallback(every_epoch=True, with_opt=True)], model=mlp())
+    def make():
+        return make_learner([MetaReweightCallback(smooth=smooth), Spy(), SaveModelCallback(every_epoch=True, with_opt=True)], model=mlp())
     learn = make()
     learn.fit(3, 0.02)
     other = make()
@@ -217,7 +219,8 @@ class Cast(nn.Module):
 
 def test_a_checkpoint_is_exact_where_an_optimizer_casts_its_state(make_learner):
     "PyTorch's optimizers cast what they load to the type of the parameter: in bfloat16, 257 would become 256."
-    def make(): return make_learner(MetaReweightCallback(), model=nn.Sequential(nn.Flatten(), Cast(torch.bfloat16), nn.Linear(64, 4).bfloat16(), Cast(torch.float32)),
+    def make():
+        return make_learner(MetaReweightCallback(), model=nn.Sequential(nn.Flatten(), Cast(torch.bfloat16), nn.Linear(64, 4).bfloat16(), Cast(torch.float32)),
         opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
     learn,other,found = make(),make(),[]
     learn.fit(2)
@@ -259,15 +262,19 @@ def test_wrong_input(make_learner):
     learn,_ = trained(make_learner)
     interp = MetaInterpretation.from_learner(learn)
     for by in ('weight', 'zero'):
-        with pytest.raises(ValueError, match=f"by='{by}' does not tell right labels from wrong ones.*use 'label_quality' or 'loss'"): interp.table(by)
+        with pytest.raises(ValueError, match=f"by='{by}' does not tell right labels from wrong ones.*use 'label_quality' or 'loss'"):
+            interp.table(by)
     with pytest.raises(ValueError, match="by='quality' is unknown: use 'label_quality' or 'loss'"): interp.label_issues(by='quality')
     for n in (0, 2.5, True):
         with pytest.raises(ValueError, match=f'n={n} must be a number of items'): interp.label_issues(n)
-    with pytest.raises(ValueError, match="label='cat' is the label of no item that was visited: there are digit 0, digit 1"): interp.label_issues(label='cat')
-    with pytest.raises(ValueError, match='drop has -1, but must have positions of training items, from 0 to 79'): interp.drop_or_relabel([-1])
+    with pytest.raises(ValueError, match="label='cat' is the label of no item that was visited: there are digit 0, digit 1"):
+        interp.label_issues(label='cat')
+    with pytest.raises(ValueError, match='drop has -1, but must have positions of training items, from 0 to 79'):
+        interp.drop_or_relabel([-1])
     with pytest.raises(ValueError, match="relabel has '3', but must have positions"): interp.drop_or_relabel(relabel={'3': 'digit 0'})
     with pytest.raises(ValueError, match=r'the items 3 are in drop and in relabel'): interp.drop_or_relabel([2, 3], {3: 'digit 0'})
-    with pytest.raises(ValueError, match="relabel has the label 'cat', which is none of digit 0, digit 1, digit 2, digit 3"): interp.drop_or_relabel(relabel={3: 'cat'})
+    with pytest.raises(ValueError, match="relabel has the label 'cat', which is none of digit 0, digit 1, digit 2, digit 3"):
+        interp.drop_or_relabel(relabel={3: 'cat'})
     for i in (80, -1, 1.5):
         with pytest.raises(ValueError, match=f'i has {i}, but must have positions of training items, from 0 to 79'): interp.explain(i)
     with pytest.raises(ValueError, match='label_quality has not been calibrated'): interp.plot_quality()
@@ -282,7 +289,8 @@ def test_learners_that_have_nothing_to_tell(make_learner):
     with pytest.raises(ValueError, match='record=False'): MetaInterpretation.from_learner(learn)
     dls = DataLoaders(tensors(images[train], torch.tensor(labels[train]), bs=16), tensors(images[valid], torch.tensor(labels[valid])))
     learn = make_learner(MetaReweightCallback(tensors(images[meta], torch.tensor(labels[meta]))), dls=dls, model=mlp()); learn.fit(1)
-    with pytest.raises(ValueError, match="is not one of fastai's.*use fastai's DataLoader on the same data set"): MetaInterpretation.from_learner(learn)
+    with pytest.raises(ValueError, match="is not one of fastai's.*use fastai's DataLoader on the same data set"):
+        MetaInterpretation.from_learner(learn)
 
 def test_pieces_of_texts_are_told_before_training():
     "A language model's loader cuts joined texts, so nothing is known of single texts: said before the first batch, with the way out."
@@ -300,7 +308,8 @@ def test_pieces_of_texts_are_told_before_training():
     learn.add_cb(Callback(after_batch=lambda self: steps.append(self.iter)))
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        with pytest.raises(UserWarning, match='nothing will be known of single training items.*pieces of texts.*use a loader of whole texts.*record=False'): learn.fit(1)
+        with pytest.raises(UserWarning, match='nothing will be known of single training items.*pieces of texts.*use a loader of whole texts.*record=False'):
+            learn.fit(1)
         assert not steps
         learner(record=False).fit(1)
     with pytest.warns(UserWarning, match='nothing will be known'): learn.fit(1)
@@ -331,7 +340,8 @@ def test_rows_of_a_table(tmp_path):
     set_seed(0)
     df = pd.DataFrame(dict(size=np.random.rand(90), colour=np.random.choice(['red', 'blue'], 90)), index=[f'row {i}' for i in range(90)])
     df['kind'] = np.where(df['size'] > 0.5, 'big', 'small')
-    def part(rows): return TabularPandas(df.iloc[rows], [Categorify, Normalize], ['colour'], ['size'], y_names='kind', y_block=CategoryBlock(), splits=(list(range(len(rows) - 10)), list(range(len(rows) - 10, len(rows)))))
+    def part(rows):
+        return TabularPandas(df.iloc[rows], [Categorify, Normalize], ['colour'], ['size'], y_names='kind', y_block=CategoryBlock(), splits=(list(range(len(rows) - 10)), list(range(len(rows) - 10, len(rows)))))
     dls = part(range(70)).dataloaders(bs=16)
     trusted = dls.test_dl(df.iloc[70:], with_labels=True)
     learn = tabular_learner(dls, layers=[8], cbs=MetaReweightCallback(trusted), path=tmp_path)
@@ -524,7 +534,8 @@ def test_the_cleaner_says_what_it_needs(make_learner, monkeypatch):
     learn,_ = trained(make_learner)
     monkeypatch.setitem(sys.modules, 'ipywidgets', None)
     monkeypatch.delitem(sys.modules, 'fastai.vision.widgets', raising=False)
-    with pytest.raises(ImportError, match='the cleaner needs the package ipywidgets: pip install ipywidgets'): MetaInterpretation.from_learner(learn).cleaner()
+    with pytest.raises(ImportError, match='the cleaner needs the package ipywidgets: pip install ipywidgets'):
+        MetaInterpretation.from_learner(learn).cleaner()
 
 def test_the_cleaner(make_learner, tmp_path, monkeypatch):
     pytest.importorskip('ipywidgets')

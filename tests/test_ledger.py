@@ -773,7 +773,8 @@ def test_columns_take_memory_for_items_not_for_steps():
 
 def test_wrong_columns():
     ledger = Ledger(3)
-    with pytest.raises(ValueError, match='items has 2 positions, but loss has 3 values'): ledger.add(torch.tensor([0, 1]), torch.ones(2), loss=torch.ones(3))
+    with pytest.raises(ValueError, match='items has 2 positions, but loss has 3 values'):
+        ledger.add(torch.tensor([0, 1]), torch.ones(2), loss=torch.ones(3))
     with pytest.raises(ValueError, match='nothing but weights has been recorded'): ledger.item_evidence()
     with pytest.raises(ValueError, match='decay=1 must be'): Ledger(3, decay=1)
     ledger.add(None, None, 'nobody told', loss=torch.ones(1))

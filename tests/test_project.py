@@ -123,7 +123,8 @@ def test_what_is_imported_is_required():
     optional = {k: v for k,v in extras.items() if k not in always}
     for name,files in optional.items():
         extra = next(o.removesuffix('_requirements') for o in cfg if o.endswith('_requirements') and o != 'test_requirements' and name in needed(o))
-        for file in files: assert any(o in file.read_text(encoding='utf-8') for o in (f'fastai_l2rw[{extra}]', f'pip install {name}')), (file, name, extra)
+        for file in files:
+            assert any(o in file.read_text(encoding='utf-8') for o in (f'fastai_l2rw[{extra}]', f'pip install {name}')), (file, name, extra)
 
 def test_hints_are_what_mypy_accepts(tmp_path):
     "Of typical uses, and it finds a wrong one."
@@ -146,7 +147,8 @@ def documented_commands():
     files = [root/'README.md', root/'results/README.md', *(root/'nbs').rglob('*.ipynb')]
     for file in files:
         text = file.read_text(encoding='utf-8')
-        if file.suffix == '.ipynb': text = '\n'.join(''.join(c['source']) for c in json.loads(text)['cells'] if c['cell_type'] == 'markdown')
+        if file.suffix == '.ipynb':
+            text = '\n'.join(''.join(c['source']) for c in json.loads(text)['cells'] if c['cell_type'] == 'markdown')
         for line in re.findall(r'`(l2rw_\w+ [^`\n]*)`', text) + re.findall(r'^(l2rw_\w+ [^\n]*)$', text, flags=re.M): yield line
 
 @pytest.mark.parametrize('spelling', ['as written', 'with hyphens', 'with underscores'])
@@ -159,7 +161,8 @@ def test_documented_commands_are_understood(monkeypatch, spelling):
     assert len(lines) > 12
     for line in lines:
         name,*args = shlex.split(line.replace('l2rw_ham10000 ...', 'l2rw_ham10000 FOLDER'))
-        if spelling != 'as written': args = [re.sub('(?<=\\w)[-_](?=\\w)', '-' if spelling == 'with hyphens' else '_', o) if o.startswith('--') else o for o in args]
+        if spelling != 'as written':
+            args = [re.sub('(?<=\\w)[-_](?=\\w)', '-' if spelling == 'with hyphens' else '_', o) if o.startswith('--') else o for o in args]
         monkeypatch.setattr(sys, 'argv', [name, *args])
         with pytest.raises(SystemExit) as e: getattr(commands, name).main()
         assert e.value.code == 0, line

@@ -52,11 +52,15 @@ def test_sharpness_is_the_likeliest_on_a_grid(true):
     assert abs(sharpness(said, labels) - grid[np.argmin(cost)]) < 2e-3 and abs(sharpness(said, labels) - true) < 0.5
 
 @pytest.mark.parametrize('given, message', [
-    (dict(log_probs=torch.zeros(3)), r'log_probs has the shape \(3,\)'), (dict(log_probs=torch.zeros(3, 2).long()), 'log_probs has .* torch.int64'),
-    (dict(labels=torch.zeros(2).long()), r'labels has the shape \(2,\).* for each of the 3 rows of log_probs'), (dict(labels=torch.tensor([0, 1, 2])), 'labels has numbers from 0 to 2, .* from 0 to 1'),
-    (dict(trusted_labels=torch.tensor([0, -1])), 'trusted_labels has numbers from -1'), (dict(trusted_log_probs=torch.zeros(2, 3)), 'log_probs has 2 classes and trusted_log_probs 3')])
+    (dict(log_probs=torch.zeros(3)), r'log_probs has the shape \(3,\)'),
+    (dict(log_probs=torch.zeros(3, 2).long()), 'log_probs has .* torch.int64'),
+    (dict(labels=torch.zeros(2).long()), r'labels has the shape \(2,\).* for each of the 3 rows of log_probs'),
+    (dict(labels=torch.tensor([0, 1, 2])), 'labels has numbers from 0 to 2, .* from 0 to 1'),
+    (dict(trusted_labels=torch.tensor([0, -1])), 'trusted_labels has numbers from -1'),
+    (dict(trusted_log_probs=torch.zeros(2, 3)), 'log_probs has 2 classes and trusted_log_probs 3')])
 def test_what_does_not_fit_is_named(given, message):
-    good = dict(log_probs=torch.zeros(3, 2), labels=torch.zeros(3).long(), trusted_log_probs=torch.zeros(2, 2), trusted_labels=torch.zeros(2).long())
+    good = dict(log_probs=torch.zeros(3, 2), labels=torch.zeros(3).long(),
+        trusted_log_probs=torch.zeros(2, 2), trusted_labels=torch.zeros(2).long())
     assert label_quality(**good).label_quality.between(0, 1).all()
     with pytest.raises(ValueError, match=message): label_quality(**good | given)
 
@@ -88,7 +92,8 @@ class Spy(Callback):
     def after_loss(self):
         if not self.training: return
         s = self.learn.meta_reweight.step
-        self.steps.append(dict(epoch=self.epoch, items=s.items, weights=s.weights.clone(), u=s.alignments.clone(), y=self.y.clone(), output=self.pred.detach().clone()))
+        self.steps.append(dict(epoch=self.epoch, items=s.items, weights=s.weights.clone(), u=s.alignments.clone(),
+            y=self.y.clone(), output=self.pred.detach().clone()))
 
 def fit(learn, *args, **kwargs):
     torch.manual_seed(1)
@@ -192,8 +197,8 @@ def test_nothing_of_it_is_exported():
     bare.__setstate__(cb.__getstate__())
     assert bare.calibrate and bare.label_quality() is None and bare.calibration() is None
 
-@pytest.mark.parametrize('options', [dict(skip_zeros=True), dict(every=2), dict(relative=True), dict(smooth=0.5), dict(margin=0.5), dict(lookahead='opt'),
-    dict(engine='reverse'), dict(start=1), dict(record=False), dict(params=lambda m: m[-1].parameters())], ids=lambda o: next(iter(o)))
+@pytest.mark.parametrize('options', [dict(skip_zeros=True), dict(every=2), dict(relative=True), dict(smooth=0.5), dict(margin=0.5),
+    dict(lookahead='opt'), dict(engine='reverse'), dict(start=1), dict(record=False), dict(params=lambda m: m[-1].parameters())], ids=lambda o: next(iter(o)))
 def test_other_options_go_with_it(options):
     learn = make_learner(**options)
     found = fit(learn, 8, 0.1).meta_reweight.label_quality()
@@ -212,7 +217,8 @@ def test_without_classes_it_says_so():
     learn.loss_func = nn.MSELoss()
     learn.dls.loaders[0] = TfmdDL([(a, torch.tensor([float(b)])) for a,b in zip(X[TRAIN], GIVEN)], bs=32, num_workers=0)
     learn.meta_reweight.meta_dl = TfmdDL([(a, torch.tensor([float(b)])) for a,b in zip(X[TRUSTED], Y[TRUSTED])], bs=32, num_workers=0)
-    with pytest.raises(ValueError, match=r'calibrate=True is for models that give one number for each class.* \(32, 1\) float32.*use calibrate=False'): fit(learn, 1, 0.1)
+    message = r'calibrate=True is for models that give one number for each class.* \(32, 1\) float32.*use calibrate=False'
+    with pytest.raises(ValueError, match=message): fit(learn, 1, 0.1)
     assert isinstance(learn.loss_func, nn.MSELoss) and learn.meta_reweight.this_fit is None
 
 def test_mixed_examples_have_no_label_of_their_own():

@@ -171,7 +171,8 @@ def test_small_networks_get_one_thread(cifar, ham, tmp_path, monkeypatch):
     seen = []
     for module in (cifar10, ham10000): monkeypatch.setattr(module, 'run_grid', lambda *args, threads, **kwargs: seen.append(threads) or 0)
     for kwargs in ({}, dict(net='resnet32'), dict(threads=3)): call(l2rw_cifar10, path=cifar, out=tmp_path/'out', **kwargs)
-    for kwargs in (dict(frozen=True), {}, dict(threads=3)): call(l2rw_ham10000, path=ham, out=tmp_path/'out', dry_run=True, **small, **kwargs)
+    for kwargs in (dict(frozen=True), {}, dict(threads=3)):
+        call(l2rw_ham10000, path=ham, out=tmp_path/'out', dry_run=True, **small, **kwargs)
     assert seen == [1, None, 3]*2
 
 def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(ham, tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ from fastai.learner import Learner
 from torch import Tensor, nn
 
 from fastai_l2rw.all import (BalancedAccuracy, ClassRecall, MetaReweightCallback, MetaSplitter, MetaWeightNetCallback, cifar10_dls,
-    example_weights, ham10000_dls, hold_out_meta, imbalance, label_noise, show_distribution, verify, weighted_sampler, weighting_scheme, weighting_schemes)
+    example_weights, ham10000_dls, hold_out_meta, imbalance, label_noise, show_distribution, verify, weighted_sampler,
+    weighting_scheme, weighting_schemes)
 from fastai_l2rw.studies.commands import l2rw_cifar10, l2rw_demo
 from fastai_l2rw.studies.grids import Grid, Results, run_grid
 

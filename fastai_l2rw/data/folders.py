@@ -205,7 +205,8 @@ def _encoding(file):
         decode = codecs.getincrementaldecoder('utf-8')().decode
         while piece:
             n += len(piece)
-            if n > _largest_table: raise ValueError(f'it has more than {_largest_table/2**20:g} MB, unpacked, which is too large to be meant')
+            if n > _largest_table:
+                raise ValueError(f'it has more than {_largest_table/2**20:g} MB, unpacked, which is too large to be meant')
             if found == 'utf-8-sig':
                 try: decode(piece)
                 except UnicodeDecodeError: found = 'latin-1'
