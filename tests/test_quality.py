@@ -204,6 +204,15 @@ def test_other_options_go_with_it(options):
     found = fit(learn, 8, 0.1).meta_reweight.label_quality()
     assert roc_auc_score(WRONG, -found.label_quality) > 0.85
 
+def test_a_trusted_loader_may_never_end():
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            while True: yield from ((X[i], torch.tensor(int(Y[i]))) for i in TRUSTED)
+    learn = make_learner()
+    learn.meta_reweight.meta_dl = torch.utils.data.DataLoader(Endless(), batch_size=8)
+    cb = fit(learn, 2, 0.1).meta_reweight
+    assert len(cb.judged.of_trusted[1]) == 8*len(learn.dls.train) and len(cb.label_quality()) == 300
+
 def test_as_a_scheme():
     learn = make_learner()
     how = weighting_scheme('calibrated', learn.dls, loader(X[TRUSTED], Y[TRUSTED]))
