@@ -430,7 +430,7 @@ def trusted_log_probs(self:Fit,
     "What the model, in the mode in which it trains, says of the trusted examples; raises `ValueError` where there are no classes."
     said,labels = [],[]
     with naming(self.describe_trusted):
-        for batch in self.trusted.once():
+        for batch in self.trusted.once(self.step.iter + 1): # no more than the epoch had
             self.meta_batch,seed = batch,derived_seed(self.device)
             outputs = []
             for k in range(times):

@@ -424,10 +424,11 @@ class TrustedBatches:
         elif dl is not self.dl: dl = _with_cache(dl, self.cache)
         self.batches = _endless(dl)
 
-    def once(self)->Iterator: # Batches
-        """The batches of one pass over the loader, in a new order, but no more than were read since the epoch began, since a loader may
-        never end; `begin` another epoch afterwards."""
-        most,self.passed = self.n_read,False
+    def once(self,
+        most:int, # Number of batches after which it ends in any case, since a loader may have no end
+    )->Iterator: # Batches
+        "The batches of one pass over the loader, in a new order if it can begin one; `begin` another epoch afterwards."
+        self.passed = False
         self.begin(self.epoch)
         for _ in range(most):
             yield next(self)
