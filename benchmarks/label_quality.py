@@ -55,7 +55,8 @@ def make_features(out, folder, size=96):
     with torch.no_grad():
         X = torch.cat([net.extract_features(torch.stack([image(o) for o in files[i:i+64]])).mean((2, 3)) for i in range(0, len(files), 64)])
     test = np.array(['test' in o.relative_to(folder).parts for o in files])
-    np.savez(out, X=X.numpy(), y=np.array([o.parent.name for o in files]), test=test)
+    paths = np.array([o.relative_to(folder).as_posix() for o in files])
+    np.savez(out, X=X.numpy(), y=np.array([o.parent.name for o in files]), test=test, path=paths)
 
 def split(X, y, others, seed, noise=0., kind='uniform', labels=None, counts=None, trusted=10):
     "Positions of test, training and trusted items, and the labels given."
