@@ -31,7 +31,7 @@ from torch import nn
 
 from fastai_l2rw.ledger import tells_items
 from fastai_l2rw.schemes import weighting_scheme
-from fastai_l2rw.studies import rivals
+from fastai_l2rw.studies.rivals import register_rivals
 
 EPOCHS,LR,BS,HIDDEN = 15,0.003,64,256
 
@@ -238,6 +238,7 @@ def cells(settings, schemes, seeds, lr):
 def run(files, out, settings, schemes, seeds, lr=LR, part=(1, 1), again=False):
     "Train what is not there."
     out.mkdir(exist_ok=True, parents=True)
+    register_rivals()
     store,made_by = out/'rows.jsonl',commit()
     files = {o.stem: o for o in files}
     todo = [o for o in cells(settings, schemes, seeds, lr) if SETTINGS[o['setting']]['data'] in files][part[0] - 1::part[1]]
