@@ -3,18 +3,17 @@
 A head is trained on features of images that a pretrained network has given ("frozen features"), by a `Learner` and the callbacks that users
 have, from the same split, wrong labels and initial weights, with the same number of steps and the same learning rate for all:
 
-    python benchmarks/evidence.py cifar10.npz ham10000.npz --seeds 10
-    python benchmarks/evidence.py --tables
+    python benchmarks/evidence.py cifar10.npz ham10000.npz
 
-The first trains what is not in results/evidence/rows.jsonl yet, one line for each training; it goes on where it was interrupted, and several
-processes share the work if each is given its part, as `--part 1/2` and `--part 2/2`. The second makes the tables and the figure of that file.
+It trains what is not in results/evidence/rows.jsonl yet, one line for each training, and goes on where it was interrupted. Several
+processes share the work if each is given its part, as `--part 1/2` and `--part 2/2`. Then `python benchmarks/evidence_tables.py` makes tables.
 
-Each file has `X`, features, shape (n, d), `y`, the right labels, and may have `test`, a mask of the test items, and labels that people have
-given, under their names (`worse`, `aggregate`, `random1`). `python benchmarks/label_quality.py --make FILE FOLDER` makes such a file of a folder
-of images, and `python benchmarks/evidence.py --labels FILE TABLE` adds labels of a table with a column `path`, such as CIFAR-10N's.
-Pruning with cleanlab is compared with where it is installed, which the package doesn't need.
+Each file has `X`, features, shape (n, d), `y`, the right labels, and may have `test`, a mask of the test items, and labels that people
+have given, under their names (`worse`, `aggregate`, `random1`). `python benchmarks/label_quality.py --make FILE FOLDER` makes such a file of
+a folder of images, and `python benchmarks/evidence.py --labels FILE TABLE` adds labels of a table with a column `path`, such as CIFAR-10N's.
+Pruning with cleanlab needs `pip install cleanlab`, which the package does not.
 """
-import fcntl, json, os, subprocess, sys, time, warnings
+import fcntl, json, os, subprocess, time, warnings
 from argparse import ArgumentParser
 from functools import lru_cache, partial
 from pathlib import Path
@@ -36,7 +35,8 @@ from fastai_l2rw.studies.rivals import register_rivals
 EPOCHS,LR,BS,HIDDEN = 15,0.003,64,256
 
 def _settings():
-    "Name, and what is done: `data`; `counts` of the classes; `noise` and its `kind`, or `labels` that people gave; `trusted` of each class."
+    """By name what is done: `data`; `counts` of the classes; `noise` and its `kind`, or `labels` that people gave; `trusted` ones of each
+    class."""
     cifar,ham = dict(data='cifar10'),dict(data='ham10000')
     skew,tail = dict(counts='one class 20 times'),lambda k: dict(counts=f'long tail {k}')
     uniform,pair = lambda k: dict(noise=k/100, kind='uniform'),lambda k: dict(noise=k/100, kind='next')
@@ -223,7 +223,8 @@ def add_row(file, row):
 def commit():
     "The commit of the working tree, with a + where files that git knows have changed."
     def git(*args): return subprocess.run(['git', *args], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    return git('rev-parse', '--short', 'HEAD') + ('+' if git('status', '--porcelain', '--untracked-files=no', '--', '../fastai_l2rw', '.') else '')
+    changed = git('status', '--porcelain', '--untracked-files=no', '--', '../fastai_l2rw', '.')
+    return git('rev-parse', '--short', 'HEAD') + ('+' if changed else '')
 
 def cells(settings, schemes, seeds, lr):
     "What to train, in this order: the core first; of each, all settings and schemes of the first seed."
@@ -258,7 +259,7 @@ def run(files, out, settings, schemes, seeds, lr=LR, part=(1, 1), again=False):
         print(f"{i + 1}/{len(todo)} {cell['setting']}, {cell['scheme']}, seed {cell['seed']}: {score:.1f} % in {seconds:.1f} s", flush=True)
 
 def main():
-    parser = ArgumentParser(description='Train by all schemes in all settings, or write the tables of what was trained.')
+    parser = ArgumentParser(description='Train by all schemes in all settings, and keep one line for each training.')
     parser.add_argument('files', nargs='*', type=Path, help='cifar10.npz and ham10000.npz, or one of them')
     parser.add_argument('--settings', default='', help="names of settings, with semicolons between them, or 'core'; default: all")
     parser.add_argument('--schemes', default='', help='names of schemes, with commas between them; default: all')
