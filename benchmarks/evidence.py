@@ -6,11 +6,12 @@ have, from the same split, wrong labels and initial weights, with the same numbe
     python benchmarks/evidence.py cifar10.npz ham10000.npz
 
 It trains what is not in results/evidence/rows.jsonl yet, one line for each training, and goes on where it was interrupted. Several
-processes share the work if each is given its part, as `--part 1/2` and `--part 2/2`. Then `python benchmarks/evidence_tables.py` makes tables.
+processes share the work if each is given its part, as `--part 1/2` and `--part 2/2`. `benchmarks/evidence_tables.py` makes tables.
 
 Each file has `X`, features, shape (n, d), `y`, the right labels, and may have `test`, a mask of the test items, and labels that people
-have given, under their names (`worse`, `aggregate`, `random1`). `python benchmarks/label_quality.py --make FILE FOLDER` makes such a file of
-a folder of images, and `python benchmarks/evidence.py --labels FILE TABLE` adds labels of a table with a column `path`, such as CIFAR-10N's.
+have given, under their names (`worse`, `aggregate`, `random1`). `python benchmarks/label_quality.py --make FILE FOLDER` makes such a
+file of a folder of images, and `python benchmarks/evidence.py --labels FILE TABLE` adds labels of a table with a column `path`, such as
+that of CIFAR-10N.
 Pruning with cleanlab needs `pip install cleanlab`, which the package does not.
 """
 import fcntl, json, os, subprocess, time, warnings
