@@ -1,7 +1,14 @@
 "Large data: what the ledger keeps of very many items, items that are called by keys, and loaders that are streams."
 import numpy as np, pandas as pd, pytest, torch
+from fastai.basics import Callback, DataLoader, DataLoaders, Learner, noop, set_seed
+from fastai.callback.all import MixUp, ProgressCallback
+from fastai.losses import CrossEntropyLossFlat
+from torch import nn
+from torch.utils.data import DataLoader as TorchLoader, IterableDataset
 
+from fastai_l2rw.all import ItemKeys, MetaInterpretation, MetaReweightCallback, example_weights
 from fastai_l2rw.ledger import Ledger, evidence_of, many_items
+from conftest import images, labels, parts
 
 n_items = 60
 
@@ -198,3 +205,168 @@ def test_the_state_of_a_ledger_of_keys(compact):
 @pytest.mark.parametrize('key', [None, 1.5, True, (1, 2)])
 def test_what_is_no_key(key):
     with pytest.raises(ValueError, match='items has the key .*, but keys must be texts or whole numbers'): Ledger(None).add(['a', key], torch.ones(2))
+
+# ---- streams
+
+x,y = images,torch.tensor(labels)
+
+class Stream(IterableDataset):
+    "Digits one after the other, `n` of them; a pass reads `n` of them from the beginning, with a key each."
+    def __init__(self, items, key=None, n=None): self.items,self.key,self.n = items,key,n
+    def __len__(self): return self.n or len(self.items)
+    def __iter__(self):
+        for i in self.items: yield (x[i], y[i]) if self.key is None else (x[i], y[i], self.key(i))
+
+def as_name(i): return f'digit {i}'
+
+loaders = dict(torch=lambda ds, bs: TorchLoader(ds, bs), fastai=lambda ds, bs: DataLoader(ds, bs=bs, num_workers=0),
+    workers=lambda ds, bs: TorchLoader(ds, bs, num_workers=1))
+
+class Spy(Callback):
+    "Sees weights and labels, and computes each batch's weights once more."
+    order,run_valid = 10001,False
+    def before_fit(self): self.log,self.wanted = [],[]
+    def before_batch(self):
+        step = self.meta_reweight.step
+        self.inputs = tuple(self.xb),tuple(self.yb)
+        self.state = {k: o.clone() for k,o in self.model.state_dict().items()}
+    def after_loss(self):
+        step,model = self.meta_reweight.step,nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+        model.load_state_dict(self.state)
+        want = example_weights(model, nn.CrossEntropyLoss(reduction='none'), self.inputs, step.meta_batch)
+        torch.testing.assert_close(step.weights, want, rtol=1e-4, atol=1e-6)
+        self.log += zip(step.items if step.items is not None else [None]*len(want), (step.weights*len(want)).tolist(), self.yb[0].tolist())
+
+def make(kind='torch', key=None, trusted_key=None, cbs=(), n_items=None, trusted=None, **kwargs):
+    set_seed(0)
+    make_dl = loaders[kind]
+    dls = DataLoaders(make_dl(Stream(parts[0], key), 16), make_dl(Stream(parts[1], key), 16))
+    reweight = MetaReweightCallback(trusted or make_dl(Stream(parts[2][:24], trusted_key), 12), **kwargs)
+    cbs = [reweight, Spy(), *([ItemKeys(2, n_items)] if key else []), *cbs]
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), loss_func=CrossEntropyLossFlat(), lr=0.1, cbs=cbs)
+    learn.remove_cbs(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+@pytest.mark.parametrize('kind', ['torch', 'fastai', 'workers'])
+@pytest.mark.filterwarnings('ignore:nothing will be known of single training items')
+def test_a_stream_without_keys_is_weighed(kind):
+    learn = make(kind)
+    learn.fit(2)
+    assert len(learn.spy.log) == 2*len(parts[0])
+    cb = learn.meta_reweight
+    for f in (cb.item_weights, cb.item_evidence, lambda: MetaInterpretation.from_learner(learn)):
+        with pytest.raises(ValueError, match='reads its items one after the other, from data without positions: .*ItemKeys'): f()
+    log = pd.DataFrame(learn.spy.log, columns=['item', 'weight', 'label']).groupby('label').weight
+    got = cb.class_weights()
+    np.testing.assert_allclose(got.weight, log.mean(), rtol=1e-5)
+    assert got.steps.tolist() == log.size().tolist()
+    assert cb.class_weights(1).steps.sum() == len(parts[0])
+
+@pytest.mark.parametrize('kind', ['torch', 'fastai', 'workers'])
+@pytest.mark.parametrize('trusted_key', [None, as_name])
+def test_items_of_a_stream_are_told_by_keys(kind, trusted_key):
+    learn = make(kind, as_name, trusted_key)
+    learn.fit(2)
+    log = pd.DataFrame(learn.spy.log, columns=['item', 'weight', 'label']).groupby('item')
+    df,seen = learn.meta_reweight.item_weights(),learn.meta_reweight.item_evidence()
+    assert df.index.tolist() == [as_name(i) for i in parts[0]]
+    np.testing.assert_allclose(df.weight, log.weight.mean()[df.index], rtol=1e-4, atol=1e-6)
+    assert seen.label.tolist() == log.label.first()[df.index].tolist() and set(seen.visits) == {2}
+    assert learn.validate()[0] > 0
+
+def test_whole_numbers_are_positions():
+    "Then the stream is weighed as a list of the same items would be, smoothed, calibrated or not."
+    place = {i: k for k,i in enumerate(dict.fromkeys(parts[0]))}
+    learn = make(key=lambda i: place.get(i, 0), n_items=len(place))
+    learn.fit(2)
+    df = learn.meta_reweight.item_weights()
+    assert df.index.tolist() == list(range(len(place)))
+    for kwargs in (dict(smooth=0.5), dict(calibrate=True)):
+        learn = make(key=lambda i: place.get(i, 0), n_items=len(place), **kwargs)
+        learn.remove_cbs(Spy)
+        learn.fit(2)
+        assert len(learn.meta_reweight.item_weights()) == len(place)
+    for kwargs,name in ((dict(smooth=0.5), 'smooth=0.5'), (dict(calibrate=True), 'calibrate=True')):
+        with pytest.raises(ValueError, match=f'{name} needs to know which items.*ItemKeys their n_items'): make(key=as_name, **kwargs).fit(1)
+        with pytest.raises(ValueError, match=f'{name} needs to know which items.*one after the other.*ItemKeys'): make(**kwargs).fit(1)
+
+def test_a_function_gives_the_keys_and_leaves_the_batch():
+    learn = make()
+    def bright(batch): return [round(float(o.sum()), 3).hex() for o in batch[0]]
+    learn.add_cb(ItemKeys(bright))
+    learn.fit(1)
+    assert learn.meta_reweight.item_weights().index.tolist() == list(dict.fromkeys(bright([x[parts[0]]])))
+
+def test_keys_are_taken_out_for_a_plain_learner_and_for_other_batches():
+    learn = make(key=as_name)
+    learn.remove_cbs([MetaReweightCallback, Spy])
+    learn.fit(1)
+    with_keys = learn.get_preds(dl=learn.dls.valid)[0]
+    without = learn.get_preds(dl=TorchLoader(Stream(parts[1]), 16))[0]
+    inputs_only = learn.get_preds(dl=DataLoader([(o,) for o in x[parts[1]]], bs=16, num_workers=0), with_loss=False)[0]
+    assert torch.equal(with_keys, without) and torch.equal(with_keys, inputs_only)
+
+def test_a_resumed_fit_goes_on_with_its_keys(tmp_path):
+    learn = make(key=as_name)
+    learn.path = tmp_path
+    learn.fit(2)
+    learn.save('two')
+    other = make(key=as_name)
+    other.path = tmp_path
+    other.load('two', with_opt=True)
+    other.fit(3, start_epoch=2)
+    learn.fit(1) # a new fit, of one epoch
+    assert set(other.meta_reweight.item_weights().steps) == {3} and set(learn.meta_reweight.item_evidence().visits) == {1}
+    assert other.meta_reweight.item_weights().index.tolist() == [as_name(i) for i in parts[0]]
+
+def test_mixed_batches_of_a_stream():
+    learn = make(key=as_name, cbs=[MixUp()])
+    learn.remove_cbs(Spy)
+    learn.fit(1)
+    df = learn.meta_reweight.item_weights()
+    assert len(df) == len(set(parts[0])) and df.weight.mean() == pytest.approx(1, rel=0.2)
+
+@pytest.mark.filterwarnings('ignore:nothing will be known of single training items')
+def test_streams_without_an_end():
+    "`n` says how long an epoch is, and a trusted stream is read as long as it takes."
+    class Endless(IterableDataset):
+        def __iter__(self):
+            k = 0
+            while True:
+                yield x[k % 100],y[k % 100]
+                k += 1
+    set_seed(0)
+    train = DataLoader(Endless(), bs=16, n=64, num_workers=0)
+    dls = DataLoaders(train, DataLoader(list(zip(x[:32], y[:32])), bs=16, num_workers=0))
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), loss_func=CrossEntropyLossFlat(), lr=0.1,
+        cbs=[MetaReweightCallback(TorchLoader(Endless(), 12)), Spy()])
+    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    assert len(learn.spy.log) == 2*64
+
+@pytest.mark.parametrize('args, error, message', [(('id',), TypeError, 'key is a str, but must be a place in the batch, such as 2'),
+    ((True,), TypeError, 'key is a bool'), ((0,), ValueError, 'key=0 must be a place in the batch after its first element'),
+    ((-1,), ValueError, 'key=-1 must be'), ((2, 0), ValueError, 'n_items=0 must be a whole number, 1 or more')])
+def test_wrong_arguments_of_keys(args, error, message):
+    with pytest.raises(error, match=message): ItemKeys(*args)
+
+@pytest.mark.parametrize('key, n_items, message', [
+    (lambda i: 1.5*i, None, 'keys of a batch must be texts or whole numbers, and one is'),
+    (lambda i: torch.tensor([i, i]), None, 'has 16 items and 32 keys: give one for each'),
+    (lambda i: i, 50, 'must be a whole number from 0 to below n_items=50'),
+    (as_name, 50, r"the key 'digit \d+' must be a whole number from 0 to below n_items=50: leave n_items out")])
+def test_wrong_keys(key, n_items, message):
+    learn = make(key=key, n_items=n_items)
+    with pytest.raises(ValueError, match=message): learn.fit(1)
+    assert learn.loss_func.func.reduction == 'mean'
+    with pytest.raises(ValueError, match=message): learn.fit(1)
+
+def test_a_key_at_a_place_that_is_not_there():
+    learn = make(cbs=[ItemKeys(2)])
+    with pytest.raises(ValueError, match=r'ItemKeys\(2\) takes the element 2 of a batch, counted from 0, and the training batches have 2'):
+        learn.fit(1)
+
+def test_the_training_stream_is_not_trusted():
+    learn = make()
+    learn.meta_reweight.meta_dl = TorchLoader(learn.dls.train.dataset, 4)
+    with pytest.raises(ValueError, match='reads the training set'): learn.fit(1)
