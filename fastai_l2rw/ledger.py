@@ -226,7 +226,7 @@ class BatchItems:
             if worker is not None: self._board.end(worker.id, heard.n)
         finally: heard.live = False
 
-# %% ../nbs/09_ledger.ipynb #094994b8
+# %% ../nbs/09_ledger.ipynb #70d09ab8
 class ItemKeys(Callback):
     """Tells which items are in a batch by keys that it holds, for data without positions; raises `TypeError` or `ValueError` for arguments
     that can't be."""
@@ -261,7 +261,7 @@ class ItemKeys(Callback):
         return n if n and n < len(batch) else max(len(batch) - 1, 1)
 
     def before_batch(self):
-        "Take the keys."
+        "Take the keys; raises `ValueError` for what can't be keys."
         batch = (*self.xb, *self.yb)
         if self.training: self._note(batch)
         rest = self.without_keys(batch)
@@ -270,7 +270,7 @@ class ItemKeys(Callback):
         self.learn.xb,self.learn.yb = rest[:n],rest[n:]
 
     def _note(self, batch):
-        "Keep the keys of a training batch; raises `ValueError` for what can't be keys."
+        "Keep the keys of a training batch."
         if not callable(self.key):
             if len(batch) <= self.key: raise ValueError(
                 f'ItemKeys({self.key}) takes the element {self.key} of a batch, counted from 0, and the training batches have {len(batch)}')
@@ -476,7 +476,7 @@ class _Visits:
         self.place = torch.arange(len(self.items)).repeat_interleave(self.counts) # of each visit's item
         self.later = (self.counts.cumsum(0)[self.place] - 1 - torch.arange(len(items))).double() # number of later visits of the same item
 
-# %% ../nbs/09_ledger.ipynb #96a55fa3
+# %% ../nbs/09_ledger.ipynb #c060b8e9
 many_items = 1_000_000 # number of items above which a ledger is compact
 
 _whole_types = torch.uint8, torch.int16, torch.int32, torch.int64
@@ -527,7 +527,7 @@ class _LastPlusOne:
     "What a column had in the last visit of each item, plus one; 0 for none."
     def __init__(self, n): self.last = torch.zeros(n, dtype=torch.uint8)
 
-# %% ../nbs/09_ledger.ipynb #f78aa3bf
+# %% ../nbs/09_ledger.ipynb #a535dc0b
 class _Compact:
     "Weights and columns of very many items, over a whole fit."
     def __init__(self,
