@@ -5,7 +5,9 @@ repository root:
 
     python benchmarks/large.py
 
-writes results/large.md and results/large.json. A part by itself, which prints its figures: `python benchmarks/large.py --part ledger --n 1000000`.
+writes results/large.md and results/large.json. A part by itself prints its figures:
+
+    python benchmarks/large.py --part ledger --n 1000000
 """
 import json, os, platform, subprocess, sys, tempfile, threading, time
 from pathlib import Path
@@ -47,7 +49,8 @@ class Measured:
         self.most = max(self.most, resident())
         self.done.set()
         self.thread.join()
-    def row(self, what, **more): return dict(what=what, n=self.n, seconds=round(self.seconds, 3), peak_mb=round((self.most - self.before)/1e6), **more)
+    def row(self, what, **more):
+        return dict(what=what, n=self.n, seconds=round(self.seconds, 3), peak_mb=round((self.most - self.before)/1e6), **more)
 
 def batches(n, n_steps, bs=32, seed=0):
     rng = torch.Generator().manual_seed(seed)
@@ -76,7 +79,8 @@ def full_ledger(n, n_epochs=12, n_steps=320):
 def part_ledger(n):
     with Measured(n) as m: ledger,per_batch = full_ledger(n)
     n_bytes = sum(o.nbytes for o in ledger.state().values())
-    yield m.row('ledger, filled over 12 epochs', ledger_mb=round(n_bytes/1e6, 1), bytes_an_item=round(n_bytes/n, 1), ms_a_batch=round(1e3*per_batch, 3))
+    yield m.row('ledger, filled over 12 epochs', ledger_mb=round(n_bytes/1e6, 1), bytes_an_item=round(n_bytes/n, 1),
+        ms_a_batch=round(1e3*per_batch, 3))
     for name in ('item_weights', 'item_evidence', 'class_weights', 'copy'):
         with Measured(n) as m: found = getattr(ledger, name)()
         yield m.row(f'Ledger.{name}')
@@ -89,7 +93,8 @@ def part_keys(n):
         for start in range(0, n, 10_000):
             k = min(10_000, n - start)
             z,y = torch.randn(k, n_classes),torch.arange(k) % n_classes
-            ledger.add([f'{o:08d}' for o in range(start, start + k)], torch.rand(k), loss=nn.functional.cross_entropy(z, y, reduction='none'), **evidence_of(z, y))
+            loss,names = nn.functional.cross_entropy(z, y, reduction='none'),[f'{o:08d}' for o in range(start, start + k)]
+            ledger.add(names, torch.rand(k), loss=loss, **evidence_of(z, y))
     yield m.row('ledger of keys (texts), compact, filled in batches of 10,000')
     with Measured(n) as m: ledger.item_weights()
     yield m.row('Ledger.item_weights, of keys')
@@ -127,7 +132,7 @@ def as_label(i): return int(i) % n_classes
 
 def some_dls(n):
     ds = Datasets(range(n), [[as_input], [as_label, Categorize(vocab=list(range(n_classes)))]], splits=[range(n), range(64)])
-    return DataLoaders(TfmdDL(ds.train, bs=32, num_workers=0, shuffle=True, do_setup=False), TfmdDL(ds.valid, bs=32, num_workers=0, do_setup=False))
+    return DataLoaders(*[TfmdDL(o, bs=32, num_workers=0, shuffle=o is ds.train, do_setup=False) for o in (ds.train, ds.valid)])
 
 def part_data(n):
     labels = np.arange(n) % n_classes
@@ -206,8 +211,9 @@ def part_step(n):
             def after_batch(self): seconds.append(time.perf_counter() - start[0])
         learn.fit(1, cbs=Watch())
         mean = sum(seconds[8:])/len(seconds[8:])
-        yield dict(what='step of ResNet-18' + (', reweighted' if owner else ', plain'), n=n, ms_a_step=round(1e3*mean, 1),
-            **({} if not owner else dict(ledger_ms=round(1e3*spent['ledger']/n_steps, 3), share_of_plain=f'{100*spent["ledger"]/n_steps/plain:.2f} %')))
+        row,ledger = dict(what='step of ResNet-18' + (', reweighted' if owner else ', plain'), n=n, ms_a_step=round(1e3*mean, 1)),spent['ledger']/n_steps
+        if owner: row |= dict(ledger_ms=round(1e3*ledger, 3), share_of_plain=f'{100*ledger/plain:.2f} %')
+        yield row
         plain = mean
 
 parts = {k.removeprefix('part_'): f for k,f in list(globals().items()) if k.startswith('part_')}
@@ -234,7 +240,8 @@ def main(
     rows = []
     for name in parts:
         for size in map(int, sizes.split(',')):
-            done = subprocess.run([sys.executable, __file__, '--part', name, '--n', str(size)], stdout=subprocess.PIPE, text=True, check=True)
+            command = [sys.executable, __file__, '--part', name, '--n', str(size)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found = [json.loads(o) for o in done.stdout.splitlines() if o.startswith('{')]
             rows += found
             for o in found: print(o, flush=True)
@@ -247,10 +254,12 @@ def main(
     others = [o for o in rows if o not in steps]
     files = [o for o in rows if 'file_mb' in o]
     (out/'large.md').write_text('\n\n'.join(['# Large data', f'`python benchmarks/large.py`, on {machine}, shared with other work.',
-        '## The ledger', as_table(ledgers, dict(n='items', ledger_mb='MB', bytes_an_item='bytes an item', ms_a_batch='ms for a batch of 32')),
+        '## The ledger',
+        as_table(ledgers, dict(n='items', ledger_mb='MB', bytes_an_item='bytes an item', ms_a_batch='ms for a batch of 32')),
         as_table(files, dict(n='items', file_mb='checkpoint, MB')),
         '## Beside a step of ResNet-18 on 32 images of 64 x 64',
-        as_table(steps, dict(what='what', n='items', ms_a_step='ms a step', ledger_ms='of these the ledger, ms', share_of_plain='ledger / plain step')),
+        as_table(steps, dict(what='what', n='items', ms_a_step='ms a step', ledger_ms='of these the ledger, ms',
+            share_of_plain='ledger / plain step')),
         '## Time, and by how much memory grows at most',
         'Lines in parentheses are what fastai itself takes.',
         as_table(others, dict(what='what', n='items', seconds='seconds', peak_mb='MB'))]) + '\n')

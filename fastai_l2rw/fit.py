@@ -29,7 +29,7 @@ from .engines.routes import Aligned, Engine
 from .engines.rules import NoForwardDerivative
 from .engines.skip_zeros import acts_on_others, coupling_layer, losses_act_on_others, rows_of
 from .engines.tape import OwnPass
-from .ledger import BatchItems, ItemKeys, Mixing, evidence_of
+from .ledger import BatchItems, ItemKeys, Mixing, check_room, evidence_of
 from .lookahead import OptimizerStep, SGDStep, bare_optimizer, check_lookahead
 from .losses import LearnerLosses, LossNotPerItem, loss_scale
 from .quality import check_has_classes
@@ -231,6 +231,7 @@ class Fit:
         self.resume(seed)
         check_meta_dl(owner.meta_dl, learn.dls)
         n_inp,classes = getattr(learn.dls, 'n_inp', None),class_names(learn.dls)
+        if owner.calibrate: check_room(self.n_items or 0, len(classes), self.device)
         if self.keys: n_inp = self.keys.n_inp
         self.trusted = TrustedBatches(self.find_meta_dl(), self.device, n_inp, classes, self.seed, owner.augment)
         if self.keys: self.trusted.prepare = self.keys.without_keys

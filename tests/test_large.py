@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader as TorchLoader, IterableDataset
 
 from fastai_l2rw.all import ItemKeys, MetaInterpretation, MetaReweightCallback, example_weights
-from fastai_l2rw.ledger import Ledger, evidence_of, many_items
+from fastai_l2rw.ledger import Ledger, check_room, evidence_of, many_items
 from conftest import images, labels, parts
 
 n_items = 60
@@ -43,7 +43,8 @@ def test_bytes_an_item():
     n = 100_000
     ledger,full = [filled(Ledger(n, compact=o), visits(n_epochs=12)) for o in (True, False)]
     assert n_bytes(ledger)/n <= 18.1 and n_bytes(full)/n == pytest.approx(208, abs=0.1)
-    many = filled(Ledger(n, compact=True), ((0, i, w, s | dict(label=o, suggested=o)) for _,i,w,s in visits(10) for o in [s['label'] + 900]))
+    high = ((0, i, w, s | {k: s[k] + 900 for k in ('label', 'suggested')}) for _,i,w,s in visits(10))
+    many = filled(Ledger(n, compact=True), high)
     assert n_bytes(many)/n <= 20.1, 'with a thousand classes'
     smoothed = filled(Ledger(n, compact=True), visits(smoothing=0.1))
     assert n_bytes(smoothed)/n <= 22.1, 'where the loss is no log-probability'
@@ -148,7 +149,9 @@ def test_sums_over_classes(compact):
     for epoch,items,weights,seen in visits(n_epochs=6):
         ledger.begin_epoch(epoch)
         ledger.add(None if epoch % 2 else items, weights, 'nobody told', **seen)
-    def expected(log): return log.assign(zero=log.weight == 0).groupby('label').agg(weight=('weight', 'mean'), zero=('zero', 'mean'), steps=('weight', 'size'))
+    def expected(log):
+        means = dict(weight=('weight', 'mean'), zero=('zero', 'mean'), steps=('weight', 'size'))
+        return log.assign(zero=log.weight == 0).groupby('label').agg(**means)
     for got,want in ((ledger.class_weights(), log), (ledger.class_weights(4), log[log.epoch == 4])):
         np.testing.assert_allclose(got, expected(want), rtol=1e-6)
         assert got.index.name == 'class' and got.index.tolist() == list(range(5))
@@ -199,12 +202,14 @@ def test_the_state_of_a_ledger_of_keys(compact):
     again.load(ledger.state())
     for o in (ledger, again): o.add(['new', 'Schlüssel 3'], torch.ones(2))
     pd.testing.assert_frame_equal(again.item_weights(), ledger.item_weights())
-    with pytest.raises(ValueError, match='state calls items by keys: make the ledger with n_items=None'): Ledger(n_items).load(ledger.state())
+    with pytest.raises(ValueError, match='state calls items by keys: make the ledger with n_items=None'):
+        Ledger(n_items).load(ledger.state())
     with pytest.raises(ValueError, match=r'state calls items by positions: make the ledger with n_items=3\b'): again.load(Ledger(3).state())
 
 @pytest.mark.parametrize('key', [None, 1.5, True, (1, 2)])
 def test_what_is_no_key(key):
-    with pytest.raises(ValueError, match='items has the key .*, but keys must be texts or whole numbers'): Ledger(None).add(['a', key], torch.ones(2))
+    with pytest.raises(ValueError, match='items has the key .*, but keys must be texts or whole numbers'):
+        Ledger(None).add(['a', key], torch.ones(2))
 
 # ---- streams
 
@@ -288,8 +293,8 @@ def test_whole_numbers_are_positions():
         learn.fit(2)
         assert len(learn.meta_reweight.item_weights()) == len(place)
     for kwargs,name in ((dict(smooth=0.5), 'smooth=0.5'), (dict(calibrate=True), 'calibrate=True')):
-        with pytest.raises(ValueError, match=f'{name} needs to know which items.*ItemKeys their n_items'): make(key=as_name, **kwargs).fit(1)
-        with pytest.raises(ValueError, match=f'{name} needs to know which items.*one after the other.*ItemKeys'): make(**kwargs).fit(1)
+        for key,words in ((as_name, 'ItemKeys their n_items'), (None, 'one after the other.*ItemKeys')):
+            with pytest.raises(ValueError, match=f'{name} needs to know which items.*{words}'): make(key=key, **kwargs).fit(1)
 
 def test_a_function_gives_the_keys_and_leaves_the_batch():
     learn = make()
@@ -370,3 +375,17 @@ def test_the_training_stream_is_not_trusted():
     learn = make()
     learn.meta_reweight.meta_dl = TorchLoader(learn.dls.train.dataset, 4)
     with pytest.raises(ValueError, match='reads the training set'): learn.fit(1)
+
+# ---- what needs room
+
+def test_calibrating_says_what_it_needs(monkeypatch):
+    "And does not begin what can't end well."
+    monkeypatch.setattr('fastai_l2rw.ledger.memory_of', lambda device: 64e9)
+    check_room(10**7, 10)
+    with pytest.warns(UserWarning, match=r'100 classes and 10,000,000 items, 4.2 GB on the device cpu, and needs 21.2 GB while it judges'):
+        check_room(10**7, 100)
+    with pytest.raises(ValueError, match='1000 classes and 10,000,000 items, 40.2 GB .*, which has 64.0 GB: use calibrate=False'):
+        check_room(10**7, 1000)
+    learn = make(key=lambda i: i, n_items=10**10, calibrate=True)
+    learn.dls.vocab = ['a', 'b', 'c', 'd']
+    with pytest.raises(ValueError, match='4 classes and 10,000,000,000 items'): learn.fit(1)
