@@ -163,6 +163,7 @@ def begin_fit(self:MetaReweightCallback):
     self.announced = False
     self.this_fit = Fit(self, self.routes, self.make_weigher(hasattr(self.learn, 'lr_finder')), self.next_seed)
     if self.record: self.record_of_items.begin_fit(self.this_fit.n_items, self.this_fit.record, self.epoch)
+    self.this_fit.record = None # which is large
 
 @patch
 def make_weigher(self:MetaReweightCallback,
@@ -264,6 +265,14 @@ def item_weights(self:MetaReweightCallback,
     "How each training item was weighed in the last fit; raises `ValueError` if that is not known."
     if not self.record: raise ValueError('no weights have been recorded (record=False): train with record=True first')
     return self.record_of_items.item_weights(last)
+
+@patch
+def class_weights(self:MetaReweightCallback,
+    epoch:int|None=None, # One of the last ten with weights; default: all epochs of the last fit
+)->pd.DataFrame: # By number of the class, columns as in `item_weights`
+    "How the items of each class were weighed in the last fit, also where nobody knows which they were; raises `ValueError` without classes."
+    if not self.record: raise ValueError('no weights have been recorded (record=False): train with record=True first')
+    return self.record_of_items.class_weights(epoch)
 
 @patch
 def item_evidence(self:MetaReweightCallback)->pd.DataFrame: # By position, as `Ledger.item_evidence`

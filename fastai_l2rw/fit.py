@@ -29,7 +29,7 @@ from .engines.routes import Aligned, Engine
 from .engines.rules import NoForwardDerivative
 from .engines.skip_zeros import acts_on_others, coupling_layer, losses_act_on_others, rows_of
 from .engines.tape import OwnPass
-from .ledger import BatchItems, Mixing, evidence_of
+from .ledger import BatchItems, ItemKeys, Mixing, check_room, evidence_of
 from .lookahead import OptimizerStep, SGDStep, bare_optimizer, check_lookahead
 from .losses import LearnerLosses, LossNotPerItem, loss_scale
 from .quality import check_has_classes
@@ -215,7 +215,8 @@ class Fit:
         replicated = isinstance(learn.model, nn.DataParallel) and learn.model.device_ids
         self.spread = bool(synced or replicated) # does the Learner's pass depend on what other devices have?
         dataset = getattr(learn.dls.train, 'dataset', None)
-        self.n_items = len(dataset) if hasattr(dataset, '__len__') else 0
+        self.keys = next((cb for cb in learn.cbs if isinstance(cb, ItemKeys)), None) # what tells the items of a stream
+        self.n_items = self.keys.n_items if self.keys else len(dataset) if hasattr(dataset, '__len__') else 0
         self.items,self.mixing,self.epoch = None,None,Epoch()
         self.step,self.plain = None,None # the step at hand, and that of plain training
         self.warned = False # of items that are not known
@@ -230,7 +231,10 @@ class Fit:
         self.resume(seed)
         check_meta_dl(owner.meta_dl, learn.dls)
         n_inp,classes = getattr(learn.dls, 'n_inp', None),class_names(learn.dls)
+        if owner.calibrate: check_room(self.n_items or 0, len(classes), self.device)
+        if self.keys: n_inp = self.keys.n_inp
         self.trusted = TrustedBatches(self.find_meta_dl(), self.device, n_inp, classes, self.seed, owner.augment)
+        if self.keys: self.trusted.prepare = self.keys.without_keys
         if owner.lookahead == 'opt': check_lookahead(learn.opt, self.params)
         late = [k for k,p in self.params.items() if getattr(p, '_post_accumulate_grad_hooks', None)]
         if late: warnings.warn(
@@ -368,7 +372,8 @@ def explain_labels(self:Fit,
         with forked_random(self.device, 0): batch = next(iter(dls.train))
     except Exception: return # what is wrong with that loader is not what has to be explained
     if not isinstance(batch, (tuple, list)): return
-    n_inp = getattr(dls, 'n_inp', None) or max(len(batch) - 1, 1)
+    if self.keys: batch = self.keys.without_keys(batch)
+    n_inp = self.keys.n_inp(batch) if self.keys else getattr(dls, 'n_inp', None) or max(len(batch) - 1, 1)
     check_labels(targets, label_kind(plain_tensors(tuple(batch[n_inp:]))))
 
 @patch
@@ -401,13 +406,13 @@ def begin_epoch(self:Fit,
     self.trusted.begin(epoch)
     if self.items is not None: self.items.close()
     if self.mixing is not None: self.mixing.close()
-    self.items,self.mixing = BatchItems(self.learn.dls.train),Mixing(self.learn.cbs if self.owner.record else ())
+    self.items,self.mixing = self.keys or BatchItems(self.learn.dls.train),Mixing(self.learn.cbs if self.owner.record else ())
     fastai = isinstance(self.learn.dls.train, DataLoader) # of another loader, nobody expects that it tells its items
     if self.owner.record and self.items.why and fastai and not self.searching and not self.warned:
         self.warned = True
         warnings.warn(f'nothing will be known of single training items (item_weights, MetaInterpretation): {self.items.why}. '
             'Pass record=False if you do not need it.')
-    self.weigher.check_items(self.items.why)
+    self.weigher.check_items(self.keys.no_positions if self.keys else self.items.why)
 
 # %% ../nbs/10_fit.ipynb #313586b7
 @patch
