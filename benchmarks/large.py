@@ -132,7 +132,7 @@ def as_label(i): return int(i) % n_classes
 
 def some_dls(n):
     ds = Datasets(range(n), [[as_input], [as_label, Categorize(vocab=list(range(n_classes)))]], splits=[range(n), range(64)])
-    return DataLoaders(*[TfmdDL(o, bs=32, num_workers=0, shuffle=o is ds.train, do_setup=False) for o in (ds.train, ds.valid)])
+    return DataLoaders(*[TfmdDL(ds.subset(i), bs=32, num_workers=0, shuffle=i == 0, do_setup=False) for i in (0, 1)])
 
 def part_data(n):
     labels = np.arange(n) % n_classes
@@ -211,7 +211,8 @@ def part_step(n):
             def after_batch(self): seconds.append(time.perf_counter() - start[0])
         learn.fit(1, cbs=Watch())
         mean = sum(seconds[8:])/len(seconds[8:])
-        row,ledger = dict(what='step of ResNet-18' + (', reweighted' if owner else ', plain'), n=n, ms_a_step=round(1e3*mean, 1)),spent['ledger']/n_steps
+        what,ledger = 'step of ResNet-18' + (', reweighted' if owner else ', plain'),spent['ledger']/n_steps
+        row = dict(what=what, n=n, ms_a_step=round(1e3*mean, 1))
         if owner: row |= dict(ledger_ms=round(1e3*ledger, 3), share_of_plain=f'{100*ledger/plain:.2f} %')
         yield row
         plain = mean
