@@ -67,6 +67,7 @@ def full_ledger(n, n_epochs=12, n_steps=320):
         items = torch.arange(start, min(start + 100_000, n))
         z,y = torch.randn(len(items), n_classes),items % n_classes
         ledger.add(items, torch.rand(len(items)), loss=nn.functional.cross_entropy(z, y, reduction='none'), **evidence_of(z, y))
+        ledger.begin_epoch(0) # which counts what waits
     for epoch in range(1, n_epochs):
         steps = list(batches(n, n_steps, seed=epoch))
         ledger.begin_epoch(epoch)
