@@ -743,6 +743,7 @@ class Ledger:
         self._all = _Compact(self.n_items, decay) if self.compact else None
         self._by_class = {} # by epoch, and under -1 of all epochs before these: number of visits, weights and zeros, a column a class
         self._pending = [] # batches that are counted later: items, and their weights and columns
+        self._pending_classes = [] # likewise: weights and labels
         self._tallies,self._past = {},None # by epoch, and of all epochs before these
         self._seen = {} # columns by name
         self._epoch = 0 # the one at hand
@@ -767,16 +768,15 @@ class Ledger:
         **seen:Tensor, # Columns, a number for each item: averaged over its visits, or, if they are whole numbers, those of the last visit
     ):
         "Add what was seen of a batch, which is not waited for; raises `ValueError` if it does not fit `items`."
-        rows = None
         if items is None:
             if weights is not None: self._unknown = self._epoch
             self._unseen |= bool(seen)
             self.reason = reason or 'it is not known which items were in the batches'
-            if weights is None or 'label' not in seen: seen = {}
-        else: rows = self._rows_of(items)
-        self._wait_for(rows, weights, seen)
+        else: self._wait_for(self._rows_of(items), weights, seen)
+        if weights is not None and 'label' in seen:
+            self._pending_classes.append(torch.stack([o.detach().as_subclass(Tensor).flatten().float() for o in (weights, seen['label'])]))
         if self._first is None and weights is not None: self._first = self._epoch
-        if len(self._pending) >= self._room: self._count()
+        if max(len(self._pending), len(self._pending_classes)) >= self._room: self._count()
 
     def _rows_of(self, items):
         "The rows of items as they are called; raises `ValueError` for what is no item."
@@ -822,9 +822,9 @@ class Ledger:
         given = ({} if weights is None else {'weights': weights}) | seen
         for name,o in given.items():
             what = 'weights' if name == 'weights' else 'values'
-            if rows is not None and len(rows) != o.numel():
+            if len(rows) != o.numel():
                 raise ValueError(f'items has {len(rows)} positions, but {name} has {o.numel()} {what}: give one for each')
-        if not given or rows is None and 'label' not in given: return
+        if not given: return
         averaged = ['weights']*(weights is not None) + [k for k,o in seen.items() if o.is_floating_point()]
         self._register(averaged, [k for k in seen if k not in averaged])
         columns = {k: o.detach().as_subclass(Tensor).flatten().float() for k,o in given.items()}
@@ -846,14 +846,10 @@ class Ledger:
 
     def _count(self):
         "Count the batches that wait for it, all of the epoch at hand."
+        self._count_classes()
         if not self._pending: return
-        values = torch.cat([o for _,o in self._pending], 1).cpu()
-        rows = [torch.full((o.shape[1],), -1) if i is None else i for i,o in self._pending]
+        rows,values = torch.cat([o for o,_ in self._pending]),torch.cat([o for _,o in self._pending], 1).cpu()
         self._pending = []
-        self._count_classes(values)
-        rows = torch.cat(rows)
-        if not (known := rows >= 0).all(): rows,values = rows[known],values[:, known]
-        if not len(rows): return
         if self._all:
             self._all.add(rows, {k: o for k,o in zip(('weights', *self._names), values) if k in self._all.counts or k in self._all.lasts})
             if not values[0].isnan().all(): self._past_end = self._epoch
@@ -870,11 +866,12 @@ class Ledger:
         self._tallies[self._epoch].add(rows[weighed], weights[weighed])
         self._fold()
 
-    def _count_classes(self, values):
-        "Add the weights to the sums of their classes, if the labels are known."
-        if 'label' not in self._names: return
-        weights,labels = values[0].double(),values[1 + self._names.index('label')]
-        at = ~weights.isnan() & (labels >= 0)
+    def _count_classes(self):
+        "Add the weights that wait to the sums of their classes."
+        if not self._pending_classes: return
+        weights,labels = torch.cat(self._pending_classes, 1).double().cpu()
+        self._pending_classes = []
+        at = labels >= 0
         if not at.any(): return
         weights,labels = weights[at],labels[at].long()
         sums = torch.zeros(3, int(labels.max()) + 1, dtype=torch.float64)
@@ -1041,7 +1038,7 @@ class Ledger:
         def put(res, values, dtypes):
             for o,dtype in dtypes.items(): setattr(res, o, values[o].detach().to('cpu', dtype, copy=True))
             return res
-        self._pending = []
+        self._pending,self._pending_classes = [],[]
         self._tallies,self._past = {},None
         for i,epoch in enumerate(state['epochs'].tolist()):
             self._tallies[int(epoch)] = put(_Tally(0), {o: state[o][i] for o in _Tally.names}, _Tally.dtypes)

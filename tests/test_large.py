@@ -389,3 +389,8 @@ def test_calibrating_says_what_it_needs(monkeypatch):
     learn = make(key=lambda i: i, n_items=10**10, calibrate=True)
     learn.dls.vocab = ['a', 'b', 'c', 'd']
     with pytest.raises(ValueError, match='4 classes and 10,000,000,000 items'): learn.fit(1)
+
+def test_nothing_is_kept_for_items_that_nobody_knows():
+    ledger = Ledger(10**6)
+    for epoch,items,weights,seen in visits(): ledger.add(None, weights, 'nobody told', **seen)
+    assert n_bytes(ledger) < 1000 and ledger.class_weights().steps.sum() == 120*16
