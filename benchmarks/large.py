@@ -226,36 +226,15 @@ def as_table(rows, columns):
     def text(o): return '' if o is None else f'{o:,}' if isinstance(o, (int, float)) else str(o)
     return '\n'.join(lines + [f'| {" | ".join(text(r.get(k)) for k in columns)} |' for r in rows])
 
-@call_parse
-def main(
-    part:str='', # One part only, whose figures are printed
-    n:int=0, # Number of items of that part
-    sizes:str='100_000,1_000_000,10_000_000', # Numbers of items
-    out:Path=Path('results'), # Folder for the results
-):
-    "Measure memory and time of what grows with the number of items."
-    if part:
-        torch.set_num_threads(1)
-        set_seed(0)
-        for row in parts[part](n): print(json.dumps(row), flush=True)
-        return
-    rows = []
-    for name in parts:
-        for size in map(int, sizes.split(',')):
-            command = [sys.executable, __file__, '--part', name, '--n', str(size)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found = [json.loads(o) for o in done.stdout.splitlines() if o.startswith('{')]
-            rows += found
-            for o in found: print(o, flush=True)
-    machine = f'{os.cpu_count()} CPU cores ({platform.machine()}), one thread, torch {torch.__version__}, fastai {fastai.__version__}'
+def write(rows, machine, out):
+    "The figures of all parts, as JSON and for people."
     (out/'large.json').write_text(json.dumps(dict(machine=machine, rows=rows), indent=1) + '\n')
     order = list(dict.fromkeys(o['what'] for o in rows))
     rows = sorted(rows, key=lambda o: (order.index(o['what']), o['n']))
-    ledgers = [o for o in rows if 'ledger_mb' in o]
-    steps = [o for o in rows if 'ms_a_step' in o]
+    ledgers,steps,files = [[o for o in rows if k in o] for k in ('ledger_mb', 'ms_a_step', 'file_mb')]
     others = [o for o in rows if o not in steps]
-    files = [o for o in rows if 'file_mb' in o]
-    (out/'large.md').write_text('\n\n'.join(['# Large data', f'`python benchmarks/large.py`, on {machine}, shared with other work.',
+    command = f'`python benchmarks/large.py`, on {machine}, shared with other work, which times suffer from.'
+    (out/'large.md').write_text('\n\n'.join(['# Large data', command,
         '## The ledger',
         as_table(ledgers, dict(n='items', ledger_mb='MB', bytes_an_item='bytes an item', ms_a_batch='ms for a batch of 32')),
         as_table(files, dict(n='items', file_mb='checkpoint, MB')),
@@ -265,3 +244,32 @@ def main(
         '## Time, and by how much memory grows at most',
         'Lines in parentheses are what fastai itself takes.',
         as_table(others, dict(what='what', n='items', seconds='seconds', peak_mb='MB'))]) + '\n')
+
+@call_parse
+def main(
+    part:str='', # One part only, whose figures are printed
+    n:int=0, # Number of items of that part
+    only:str='', # Parts to measure, with commas between them; figures of others are kept from before; default: all
+    sizes:str='100_000,1_000_000,10_000_000', # Numbers of items
+    out:Path=Path('results'), # Folder for the results
+):
+    "Measure memory and time of what grows with the number of items."
+    if part:
+        torch.set_num_threads(1)
+        set_seed(0)
+        for row in parts[part](n): print(json.dumps(dict(part=part) | row), flush=True)
+        return
+    before = json.loads((out/'large.json').read_text())['rows'] if only and (out/'large.json').exists() else []
+    machine = f'{os.cpu_count()} CPU cores ({platform.machine()}), one thread, torch {torch.__version__}, fastai {fastai.__version__}'
+    rows = []
+    for name in parts:
+        if only and name not in only.split(','):
+            rows += [o for o in before if o['part'] == name]
+            continue
+        for size in map(int, sizes.split(',')):
+            command = [sys.executable, __file__, '--part', name, '--n', str(size)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found = [json.loads(o) for o in done.stdout.splitlines() if o.startswith('{')]
+            rows += found
+            for o in found: print(o, flush=True)
+    write(rows, machine, out)

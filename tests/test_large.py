@@ -1,13 +1,14 @@
 "Large data: what the ledger keeps of very many items, items that are called by keys, and loaders that are streams."
 import numpy as np, pandas as pd, pytest, torch
-from fastai.basics import Callback, DataLoader, DataLoaders, Learner, noop, set_seed
+from fastai.basics import Callback, Categorize, DataLoader, DataLoaders, Datasets, Learner, TfmdDL, noop, set_seed
 from fastai.callback.all import MixUp, ProgressCallback
 from fastai.losses import CrossEntropyLossFlat
 from torch import nn
 from torch.utils.data import DataLoader as TorchLoader, IterableDataset
 
-from fastai_l2rw.all import ItemKeys, MetaInterpretation, MetaReweightCallback, example_weights
+from fastai_l2rw.all import ItemKeys, MetaInterpretation, MetaReweightCallback, MetaSplitter, example_weights, hold_out_meta
 from fastai_l2rw.ledger import Ledger, check_room, evidence_of, many_items
+from fastai_l2rw.schemes import class_counts
 from conftest import images, labels, parts
 
 n_items = 60
@@ -394,3 +395,28 @@ def test_nothing_is_kept_for_items_that_nobody_knows():
     ledger = Ledger(10**6)
     for epoch,items,weights,seen in visits(): ledger.add(None, weights, 'nobody told', **seen)
     assert n_bytes(ledger) < 1000 and ledger.class_weights().steps.sum() == 120*16
+
+# ---- labels, draws and splits
+
+def test_a_label_is_read_once_for_each_item():
+    calls = []
+    def label_of(i):
+        calls.append(i)
+        return f'class {i % 7}'
+    tfms = [[noop], [label_of, Categorize(vocab=[f'class {k}' for k in range(7)])]]
+    ds = Datasets(range(700), tfms, splits=[range(600), range(600, 700)])
+    dls = DataLoaders(TfmdDL(ds.train, bs=8, num_workers=0), TfmdDL(ds.valid, bs=8, num_workers=0))
+    calls.clear()
+    assert class_counts(dls).tolist() == [86, 86, 86, 86, 86, 85, 85] and len(calls) == 600
+    held,meta_dl = hold_out_meta(dls, 5, checked=True)
+    assert len(held.train_ds) == 565 and meta_dl.n == 35
+
+def test_a_draw_does_not_depend_on_how_classes_are_found():
+    "Many classes, of several types, in the order of their names; items that stand alone are drawn as groups of one."
+    labels = np.array([(k, str(k))[k % 2] for k in range(40)]*12, dtype=object)
+    items = list(range(len(labels)))
+    def drawn(**kwargs):
+        return MetaSplitter(lambda o: (range(40, 480), range(40)), 3, labels, checked=True, seed=3, **kwargs)(items)[2]
+    alone,groups = drawn(),drawn(groups=items)
+    assert list(alone) == list(groups) and len(alone) == 120
+    assert pd.Series(labels[list(alone)]).value_counts().eq(3).all()
