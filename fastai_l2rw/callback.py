@@ -26,6 +26,7 @@ from .fit import Checkpoint, Epoch, Fit, Step
 from .ledger import ItemLedger
 from .losses import LearnerLosses
 from .quality import CalibratedWeigher
+from .ranks import Ranks
 from .trusted import DoubtedLabels, check_meta_dl
 from .weighers import AlignmentWeigher, LossWeigher, transforms_for
 
@@ -153,7 +154,7 @@ def before_train(self:MetaReweightCallback):
     "Begin a fit, or its next epoch."
     with self.closing_on_error():
         if self.announced or self.this_fit is None: self.begin_fit()
-        self.this_fit.begin_epoch(self.epoch)
+        with self.this_fit.ranks.meeting(): self.this_fit.begin_epoch(self.epoch)
         if self.record: self.record_of_items.begin_epoch(self.epoch)
 
 @patch
@@ -161,8 +162,11 @@ def begin_fit(self:MetaReweightCallback):
     "Begin a fit; raises what is wrong before anything is trained."
     self.close()
     self.announced = False
-    self.this_fit = Fit(self, self.routes, self.make_weigher(hasattr(self.learn, 'lr_finder')), self.next_seed)
-    if self.record: self.record_of_items.begin_fit(self.this_fit.n_items, self.this_fit.record, self.epoch)
+    ranks = Ranks(self.learn.model)
+    seed = ranks.from_first(self.next_seed)
+    with ranks.meeting():
+        self.this_fit = Fit(self, self.routes, self.make_weigher(hasattr(self.learn, 'lr_finder')), seed, ranks)
+        if self.record: self.record_of_items.begin_fit(self.this_fit.n_items, self.this_fit.record, self.epoch)
 
 @patch
 def make_weigher(self:MetaReweightCallback,

@@ -6,9 +6,9 @@
 __all__ = ['naming', 'all_finite', 'not_finite_items', 'Underway', 'Step', 'Epoch', 'Checkpoint', 'Fit']
 
 # %% ../nbs/10_fit.ipynb #562a9597
-import warnings, weakref
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from fastai.optimizer import Optimizer
 from fastai.torch_core import one_param
 from fastcore.basics import patch
 
-from .engines.passes import derived_seed, find_traces, forked_random, gradients, run, virtual_pass
+from .engines.passes import batch_size, derived_seed, find_traces, forked_random, gradients, run, virtual_pass
 from .engines.routes import Aligned, Engine
 from .engines.rules import NoForwardDerivative
 from .engines.skip_zeros import acts_on_others, coupling_layer, losses_act_on_others, rows_of
@@ -33,6 +33,7 @@ from .ledger import BatchItems, Mixing, evidence_of
 from .lookahead import OptimizerStep, SGDStep, bare_optimizer, check_lookahead
 from .losses import LearnerLosses, LossNotPerItem, loss_scale
 from .quality import check_has_classes
+from .ranks import Ranks, alone, later, warn
 from .reweight import effective_sample_size, meta_gradient, normalise, weighted_gradient
 from .trusted import TrustedBatches, check_labels, check_meta_dl, class_names, describe_batch, how_to_third, label_kind
 from .trusted import plain_tensors
@@ -74,7 +75,7 @@ def not_finite_items(
 @dataclass(eq=False)
 class Underway:
     "What a step needs until its loss is weighed, the graph of the Learner's pass among it."
-    direction:dict|None=None # Direction of the look-ahead, by parameter name
+    direction:Mapping|None=None # Direction of the look-ahead, by parameter name, which may be on its way between processes
     own:OwnPass|None=None # The Learner's own pass
     aligned:Aligned|None=None # What a separate pass gave
     pred:object=None # What the loss was given
@@ -91,8 +92,9 @@ class Step:
     items:Tensor|None=None # Positions of the items in the training set, if they are known
     n_items:int=0 # Number of training items
     why:str='' # Why the items are not known
-    n_processes:int=1 # Number of processes that train together, each on a part of the batch
-    meta_batch:tuple|None=None # The trusted batch that the direction comes from
+    ranks:Ranks=alone # The processes that train together, each on a part of the batch
+    n_processes:float=1 # How many times as many items the whole batch has: their number, but where parts are uneven
+    meta_batch:tuple|None=None # The trusted batch that the direction comes from, or this process's share of it
     meta_loss:Tensor|None=None # The mean loss on it
     losses:Tensor|None=None # One loss per item, shape (n,)
     scale:Tensor|None=None # What they are multiplied by, so that their mean is the loss function's own reduction
@@ -132,6 +134,11 @@ class Step:
     def describe(self)->str: # For error messages
         "The step's batch, in words."
         return f'batch {self.iter} of the training loader in epoch {self.epoch} ({describe_batch(self.batch)})'
+
+    @property
+    def n(self)->int: # 0 if it has none
+        "Number of items in the batch, by its targets."
+        return len(self.targets[0]) if len(self.targets) and hasattr(self.targets[0], '__len__') else 0
 
 # %% ../nbs/10_fit.ipynb #4f81bbc7
 @dataclass
@@ -201,17 +208,16 @@ class Fit:
         engine:Engine, # How alignments are found
         weigher, # How weights follow from them
         seed:int, # Of the trusted batches
+        ranks:Ranks=alone, # The processes that train together
     ):
-        self.owner,self.learn,self.engine,self.weigher = owner,owner.learn,engine,weigher
+        self.owner,self.learn,self.engine,self.weigher,self.ranks = owner,owner.learn,engine,weigher,ranks
         learn = self.learn
         self.searching = hasattr(learn, 'lr_finder') # is this no real training?
         parallel = nn.DataParallel,nn.parallel.DistributedDataParallel
         self.model = learn.model.module if isinstance(learn.model, parallel) else learn.model
         self.device = one_param(learn.model).device
         self.losses = LearnerLosses(learn)
-        together = isinstance(learn.model, nn.parallel.DistributedDataParallel) and torch.distributed.is_initialized()
-        self.n_processes = torch.distributed.get_world_size() if together else 1
-        synced = self.n_processes > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in self.model.modules())
+        synced = ranks.size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in self.model.modules())
         replicated = isinstance(learn.model, nn.DataParallel) and learn.model.device_ids
         self.spread = bool(synced or replicated) # does the Learner's pass depend on what other devices have?
         dataset = getattr(learn.dls.train, 'dataset', None)
@@ -233,7 +239,7 @@ class Fit:
         self.trusted = TrustedBatches(self.find_meta_dl(), self.device, n_inp, classes, self.seed, owner.augment)
         if owner.lookahead == 'opt': check_lookahead(learn.opt, self.params)
         late = [k for k,p in self.params.items() if getattr(p, '_post_accumulate_grad_hooks', None)]
-        if late: warnings.warn(
+        if late: warn(
             f'{late[0]} has a hook that runs after its gradient is accumulated. Should it change the gradient, the weights '
             'know nothing of that: Tensor.register_hook is taken into account.')
         self.try_out()
@@ -262,14 +268,13 @@ class Fit:
     def find_meta_dl(self): # A loader
         "The trusted loader; raises `ValueError` if there is none."
         owner,dls = self.owner,self.learn.dls
-        if owner.meta_dl is not None: return owner.meta_dl
+        def undivided(dl): return dl.dl if type(dl).__name__ == 'DistributedDL' else dl # each takes its share of the batches
+        if owner.meta_dl is not None: return undivided(owner.meta_dl)
         if owner.was_given: raise ValueError(
             'meta_dl is not here: trusted examples are not copied or exported with a Learner. '
             f'To train on, set learn.{owner.name}.meta_dl to a loader of trusted, labelled examples.')
         loaders = getattr(dls, 'loaders', [])
-        if len(loaders) > 2:
-            third = loaders[2]
-            return third.dl if type(third).__name__ == 'DistributedDL' else third # each process reads all trusted examples
+        if len(loaders) > 2: return undivided(loaders[2])
         raise ValueError(
             f'meta_dl=None, and learn.dls has {len(loaders)} loaders, of which the third would have been taken. Pass a loader '
             f'of trusted, labelled examples, {type(owner).__name__}(meta_dl), or {how_to_third(dls)}.')
@@ -320,8 +325,8 @@ class Fit:
         weights:Tensor, # Non-negative numbers, shape (n,)
     )->Tensor: # Shape (n,)
         "Scale weights to sum to one over all processes that train together."
-        if self.n_processes == 1: return normalise(weights)
-        total = self.total(weights)
+        if self.ranks.size == 1: return normalise(weights)
+        total, = self.ranks.sum(weights.sum())
         return weights/(total + (total == 0))
 
     def close(self):
@@ -338,21 +343,30 @@ def describe_trusted(self:Fit)->str: # For error messages
     return f'batch {self.trusted.n_read} of meta_dl in epoch {self.learn.epoch} ({batch})'
 
 @patch
-def next_trusted(self:Fit)->tuple: # `(inputs, targets)`
-    "The next trusted batch."
+def share_of(self:Fit,
+    batch:tuple, # A trusted batch, as all processes read it
+)->tuple: # This process's share, and what the loss of each of its examples counts; `None` for all alike
+    "What this process works on of a trusted batch."
+    n = batch_size(batch[0])
+    rows,counts = self.ranks.share(n)
+    return (batch, None) if rows is None else (rows_of(batch, rows, n), counts/n)
+
+@patch
+def next_trusted(self:Fit)->tuple: # `(inputs, targets)`, and what the loss of each example counts, `None` for all alike
+    "This process's share of the next trusted batch."
     self.meta_batch = None # what an error says if the next can't be read
-    self.meta_batch = next(self.trusted)
-    return self.meta_batch
+    self.meta_batch,shares = self.share_of(next(self.trusted))
+    return self.meta_batch,shares
 
 @patch
 def try_out(self:Fit):
     "Meet errors now, and find out what a pass changes."
     with naming(self.describe_trusted):
-        batch = self.next_trusted()
+        batch,shares = self.next_trusted()
         def pass_(changing):
             tensors,others = self.losses.places()
             changing = [*changing[0], *tensors],[*changing[1], *others]
-            return meta_gradient(self.model, self.losses.trusted, batch, list(self.params), None, changing)
+            return meta_gradient(self.model, self.losses.trusted, batch, list(self.params), None, changing, shares)
         try: _,self.traces = find_traces(self.model, pass_)
         except Exception:
             self.explain_labels(batch[1])
@@ -405,7 +419,7 @@ def begin_epoch(self:Fit,
     fastai = isinstance(self.learn.dls.train, DataLoader) # of another loader, nobody expects that it tells its items
     if self.owner.record and self.items.why and fastai and not self.searching and not self.warned:
         self.warned = True
-        warnings.warn(f'nothing will be known of single training items (item_weights, MetaInterpretation): {self.items.why}. '
+        warn(f'nothing will be known of single training items (item_weights, MetaInterpretation): {self.items.why}. '
             'Pass record=False if you do not need it.')
     self.weigher.check_items(self.items.why)
 
@@ -414,14 +428,19 @@ def begin_epoch(self:Fit,
 def meta_gradient_at(self:Fit,
     at, # Names of parameters, for where they are, or values by name
     step:Step, # The step, which gets the batch and its loss
-)->dict: # By parameter name
-    "The gradient on the next trusted batch, at parameters `at`."
-    with naming(self.describe_trusted):
-        step.meta_batch = self.next_trusted()
-        gradient,step.meta_loss = meta_gradient(
-            self.model, self.losses.trusted, step.meta_batch, at, self.autocast(), self.changing)
-    self.epoch.add(meta_loss=step.meta_loss)
-    return gradient
+)->Mapping: # By parameter name
+    "The gradient on the next trusted batch, at parameters `at`; in several processes, it is on its way while other things are done."
+    def share():
+        with naming(self.describe_trusted):
+            step.meta_batch,shares = self.next_trusted()
+            return meta_gradient(self.model, self.losses.trusted, step.meta_batch, at, self.autocast(), self.changing, shares)
+    def nothing(): return {k: torch.zeros_like(self.params[k]) for k in at},torch.zeros((), device=self.device)
+    gradient,loss = self.ranks.attempt(share, nothing)
+    def note(found):
+        *gradients,step.meta_loss = found.values()
+        self.epoch.add(meta_loss=step.meta_loss)
+        return dict(zip(gradient, gradients))
+    return later(note, self.ranks.sum_later(gradient | {'': loss}))
 
 @patch
 def trusted_log_probs(self:Fit,
@@ -429,17 +448,18 @@ def trusted_log_probs(self:Fit,
 )->tuple[Tensor,Tensor]: # Logarithms of the probabilities of the classes, shape (m, n_classes), and the labels, shape (m,)
     "What the model, in the mode in which it trains, says of the trusted examples; raises `ValueError` where there are no classes."
     said,labels = [],[]
-    with naming(self.describe_trusted):
+    with self.ranks.meeting(), naming(self.describe_trusted):
         for batch in self.trusted.once(self.step.iter + 1): # no more than the epoch had
-            self.meta_batch,seed = batch,derived_seed(self.device)
+            (batch, shares),seed = self.share_of(batch),derived_seed(self.device)
+            self.meta_batch,counts = batch,slice(None) if shares is None else shares > 0
             outputs = []
             for k in range(times):
                 with torch.no_grad(), virtual_pass(self.model, (seed + k) % 2**32, self.autocast(), changing=self.changing):
                     outputs.append(self.losses.of_output(run(self.model, batch[0])))
             check_has_classes(outputs[0], batch[1])
-            said.append(torch.stack([o.float().log_softmax(1) for o in outputs]).mean(0))
-            labels.append(batch[1][0].flatten().long())
-    return torch.cat(said),torch.cat(labels)
+            said.append(torch.stack([o.float().log_softmax(1) for o in outputs]).mean(0)[counts])
+            labels.append(batch[1][0].flatten().long()[counts])
+    return tuple(self.ranks.gather(torch.cat(said), torch.cat(labels)))
 
 @patch
 def weighted_gradient_of(self:Fit,
@@ -447,26 +467,40 @@ def weighted_gradient_of(self:Fit,
     weigh:Callable, # Gives the weights, shape (n,), for the losses, shape (n,)
 )->dict: # By parameter name
     "The gradient of the weighted losses of the step's batch, through the graph of the Learner's own pass if there is one."
+    with self.ranks.meeting(step.n): pass # all have their batch, and its losses if these come first
     if step.losses is not None:
+        self.find_scale(step, step.scale)
         loss = step.scale*(weigh(step.losses.detach())*step.losses).sum()
         found = gradients([loss], [self.params[k] for k in self.groups], retain_graph=True)
-        return dict(zip(self.groups, found))
+        return dict(self.ranks.sum_later(dict(zip(self.groups, found))))
     def scaled(pred, *yb):
         losses = self.losses.training(pred, *yb)
-        step.scale = loss_scale(losses, self.learn.loss_func(self.losses.of_output(pred), *yb))
+        self.find_scale(step, loss_scale(losses, self.learn.loss_func(self.losses.of_output(pred), *yb)))
         return step.scale*losses
     with naming(step.describe):
-        return weighted_gradient(self.model, scaled, step.batch, lambda o: weigh(o/step.scale), list(self.groups), self.changing)[0]
+        found,_ = weighted_gradient(self.model, scaled, step.batch, lambda o: weigh(o/step.scale), list(self.groups), self.changing)
+    return dict(self.ranks.sum_later(found))
+
+@patch
+def find_scale(self:Fit,
+    step:Step, # The step, which gets it
+    scale:Tensor, # What the losses are multiplied by in this process, as `loss_scale` gives it
+):
+    "What the losses of the whole batch are multiplied by; the processes have met before."
+    if self.ranks.size > 1:
+        total, = self.ranks.sum(step.n/scale)
+        scale = (self.ranks.n/total).to(scale.dtype)
+    step.scale = scale
 
 # %% ../nbs/10_fit.ipynb #9baec24f
 @patch
 def new_step(self:Fit)->Step: # With the Learner's batch
     "A step of which nothing is known yet but its batch, and the items in it."
     learn = self.learn
-    n = len(learn.yb[0]) if len(learn.yb) and hasattr(learn.yb[0], '__len__') else 0
-    items = self.items.items(learn.iter, n)
-    return Step(learn.epoch, learn.iter, tuple(learn.xb), tuple(learn.yb), items, self.n_items, why=self.items.why,
-        n_processes=self.n_processes, mixed=self.mixing.take())
+    step = Step(learn.epoch, learn.iter, tuple(learn.xb), tuple(learn.yb), n_items=self.n_items, ranks=self.ranks,
+        n_processes=self.ranks.size, mixed=self.mixing.take())
+    step.items,step.why = self.items.items(learn.iter, step.n),self.items.why
+    return step
 
 @patch
 def before_pass(self:Fit):
@@ -475,12 +509,16 @@ def before_pass(self:Fit):
     if self.step is not None: self.step.close()
     if self.with_gradient != [p.requires_grad for p in self.model.parameters()]: self.find_parameters() # another callback froze some
     step = self.step = self.new_step()
-    route = self.engine.ready(self.model, self.params, torch.is_autocast_enabled(self.device.type), self.spread)
+    separate = self.engine.ready(self.model, self.params, torch.is_autocast_enabled(self.device.type), self.spread) == 'separate pass'
+    if self.weigher.needs_losses and not separate and self.ranks.any(separate):
+        self.engine.take('separate pass')
+        separate = True
     now = step.underway
-    if route == 'separate pass' or not self.weigher.needs_losses: now.direction = self.weigher.direction(step, self)
-    with naming(step.describe):
-        now.own,now.aligned = self.engine.before_pass(self.model, self.params, step.batch, now.direction, self.losses.training,
+    if separate or not self.weigher.needs_losses: now.direction = self.weigher.direction(step, self)
+    def begin():
+        with naming(step.describe): return self.engine.before_pass(self.model, self.params, step.batch, now.direction, self.losses.training,
             step.inputs, autocast=self.autocast(), changing=self.changing)
+    now.own,now.aligned = self.ranks.attempt(begin, lambda: (None, None))
     if self.owner.skip_zeros: self.weigh_before(step)
 
 # %% ../nbs/10_fit.ipynb #842be836
@@ -490,12 +528,14 @@ def after_loss(self:Fit):
     `skip_zeros` has weighed another one."""
     step,learn = self.step,self.learn
     try:
-        step.losses,step.underway.pred = self.losses.of_step(),self.losses.of_output(learn.pred)
-        if step.weights is None: self.weigh(step)
-        elif not self.is_as_taken(step): raise ValueError(
-            "skip_zeros=True can't be used with a callback that changes learn.pred or learn.yb: the weights are computed before it does")
+        with self.ranks.meeting(step.n):
+            step.losses,step.underway.pred = self.losses.of_step(),self.losses.of_output(learn.pred)
+            if step.weights is None: found = self.align(step)
+            elif not self.is_as_taken(step): raise ValueError(
+                "skip_zeros=True can't be used with a callback that changes learn.pred or learn.yb: the weights are computed before it does")
+        if step.weights is None: self.finish(step, found)
         w = step.weights if step.whole is None else step.weights[step.whole[0]]
-        learn.loss_grad = self.n_processes*step.scale*(w*step.losses).sum()
+        learn.loss_grad = self.ranks.size*step.scale*(w*step.losses).sum() # DDP divides by their number
         learn.loss = learn.loss_grad.clone()
     except BaseException:
         if step.underway.own is not None: step.underway.own.restore() # what the pass made of the model's statistics may be what is wrong
@@ -514,16 +554,17 @@ def see(self:Fit,
     if step.mixed is None: step.seen |= evidence_of(self.losses.of_output(self.learn.pred), tuple(self.learn.yb))
 
 @patch
-def weigh(self:Fit,
+def align(self:Fit,
     step:Step, # The step
-):
-    "Compute the weights of a step whose losses are there."
+)->Aligned: # Its alignments
+    "Compute the alignments of a step whose losses are there."
     step.scale = loss_scale(step.losses, self.learn.loss_grad)
     now = step.underway
     if now.direction is None: now.direction = self.weigher.direction(step, self)
     with naming(step.describe):
         found = self.engine.after_pass(now.own, now.aligned, step.losses, now.direction, self.is_as_taken(step))
-    self.finish(step, found)
+    self.check(step, found.alignments)
+    return found
 
 @patch
 def is_as_taken(self:Fit,
@@ -540,22 +581,33 @@ def finish(self:Fit,
     step:Step, # The step, which gets the weights
     found:Aligned, # Its alignments
 ):
-    "From alignments to weights."
-    self.check_finite(step, found.alignments)
+    "From alignments to weights, for which the processes have met."
     step.alignments,step.route = found.alignments,found.route
+    if self.ranks.size > 1: step.n_processes = self.ranks.n/max(1, step.n)
+    self.find_scale(step, step.scale)
     w = self.weigher.weights(found.alignments, step, self)
-    self.epoch.add(zero_weights=(w == 0).float().mean(), ess=effective_sample_size(w))
-    if self.owner.on_zero == 'uniform': w = torch.where(self.total(w) == 0, 1/(len(w)*self.n_processes), w)
+    total,zeros,ess = self.figures(w)
+    self.epoch.add(zero_weights=zeros, ess=ess)
+    if self.owner.on_zero == 'uniform': w = torch.where(total == 0, 1/(len(w)*step.n_processes), w)
     step.weights = w
 
 @patch
-def total(self:Fit,
-    weights:Tensor, # Shape (n,)
-)->Tensor: # A single number
-    "The sum of weights over all processes that train together."
-    total = weights.sum()
-    if self.n_processes > 1: torch.distributed.all_reduce(total)
-    return total
+def figures(self:Fit,
+    w:Tensor, # Weights of this process's part of the batch, shape (n,)
+)->tuple: # Their sum, the share of zeros, and the effective sample size
+    "What is to be known of the weights of the whole batch."
+    if self.ranks.size == 1: return w.sum(),(w == 0).float().mean(),effective_sample_size(w)
+    total,squares,zeros = self.ranks.sum(w.sum(), w.square().sum(), (w == 0).sum())
+    return total,zeros/self.ranks.n,total.square()/(squares + (squares == 0))
+
+@patch
+def check(self:Fit,
+    step:Step, # The step
+    alignments:Tensor, # Shape (n,)
+):
+    "Raise what is wrong with a step in this process, before others count on it."
+    self.weigher.check_items(None if step.items is not None else step.why)
+    self.check_finite(step, alignments)
 
 @patch
 def check_finite(self:Fit,
@@ -598,10 +650,22 @@ def weigh_before(self:Fit,
     step:Step, # The step
 ):
     "Compute the weights before the Learner's pass, and let that run on few examples; raises `ValueError` if they act on each other."
-    output,targets = step.underway.aligned.output,step.batch[1]
-    learn,mixer = self.learn,self.losses.mixer
     def aside(f):
         with virtual_pass(self.model, changing=self.changing): return f()
+    with self.ranks.meeting(step.n):
+        self.prepare_to_skip(step, aside)
+        self.check(step, step.underway.aligned.alignments)
+    self.finish(step, step.underway.aligned)
+    self.leave_out(step)
+
+@patch
+def prepare_to_skip(self:Fit,
+    step:Step, # The step
+    aside:Callable, # Calls a function on the side
+):
+    "What has to be known before; raises `ValueError` if examples act on each other."
+    output,targets = step.underway.aligned.output,step.batch[1]
+    learn,mixer = self.learn,self.losses.mixer
     if not self.coupling_is_checked and len(step.underway.aligned.losses) > 1:
         if acts_on_others(self.model, step.batch[0], self.changing): raise ValueError(
             "skip_zeros=True can't be used with this model: what it makes of an example depends on the others in the batch")
@@ -611,8 +675,13 @@ def weigh_before(self:Fit,
         self.coupling_is_checked = True
     step.scale = aside(lambda: loss_scale(step.underway.aligned.losses, learn.loss_func(self.losses.of_output(output), *targets)))
     step.underway.norms_aside = lambda: aside(lambda: output_gradient_norms(self.losses.training, output, *targets))
-    self.finish(step, step.underway.aligned)
-    w = step.weights
+
+@patch
+def leave_out(self:Fit,
+    step:Step, # The step, which has its weights
+):
+    "Take examples whose weight is zero out of the Learner's batch; two stay in any case."
+    learn,mixer,output,w = self.learn,self.losses.mixer,step.underway.aligned.output,step.weights
     n = len(w)
     n_left = min(max((w > 0).sum().item(), 2), n)
     rows = w.topk(n_left).indices.sort()[0]
