@@ -22,7 +22,7 @@ from fastcore.foundation import L
 
 from .engines.passes import derived_seed
 from .engines.routes import Engine
-from .fit import Checkpoint, Epoch, Fit, Step
+from .fit import Checkpoint, Epoch, Fit, SharedLedger, Step
 from .ledger import ItemLedger
 from .losses import LearnerLosses
 from .quality import CalibratedWeigher
@@ -167,6 +167,8 @@ def begin_fit(self:MetaReweightCallback):
     with ranks.meeting():
         self.this_fit = Fit(self, self.routes, self.make_weigher(hasattr(self.learn, 'lr_finder')), seed, ranks)
         if self.record: self.record_of_items.begin_fit(self.this_fit.n_items, self.this_fit.record, self.epoch)
+    records = self.record and not self.this_fit.searching
+    if records and ranks.size > 1: self.record_of_items.ledger = SharedLedger(self.record_of_items.ledger, ranks)
 
 @patch
 def make_weigher(self:MetaReweightCallback,
@@ -211,6 +213,7 @@ def after_train(self:MetaReweightCallback):
     if self.this_fit is None: return
     with self.closing_on_error(): self.this_fit.end_epoch()
     self.judged = getattr(self.this_fit.weigher, 'quality', None)
+    if isinstance(self.record_of_items.ledger, SharedLedger): self.record_of_items.ledger.share()
     if self.record: self.record_of_items.note_epoch(self.epoch, dict(zip(Epoch.names, self.this_fit.means)))
 
 @patch
@@ -233,6 +236,7 @@ def close(self:MetaReweightCallback):
     "End the fit at hand, if there is one."
     fit,self.this_fit = self.this_fit,None
     if fit is not None: fit.close()
+    if isinstance(ledger := self.record_of_items.ledger, SharedLedger): self.record_of_items.ledger = ledger.alone()
 
 @patch
 @contextmanager

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['alone', 'warn', 'Arriving', 'later', 'Ranks']
 
-# %% ../nbs/01a_ranks.ipynb #a2098a3c
+# %% ../nbs/01a_ranks.ipynb #b1587b2e
 import os, pickle, warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -14,14 +14,14 @@ from functools import cached_property
 import torch
 from torch import Tensor, distributed, nn
 
-# %% ../nbs/01a_ranks.ipynb #39010e1e
+# %% ../nbs/01a_ranks.ipynb #4c374eef
 def warn(
     message:str, # What to say
 ):
     "Warn, but in the first process only: the others would say the same."
     if int(os.environ.get('RANK', 0)) == 0: warnings.warn(message, stacklevel=2)
 
-# %% ../nbs/01a_ranks.ipynb #d326d1d5
+# %% ../nbs/01a_ranks.ipynb #c91eb6e9
 class Arriving(Mapping):
     "A dictionary that other processes have a part in: it is waited for when somebody looks into it."
     def __init__(self,
@@ -46,7 +46,7 @@ def later(
     "Call a function when its argument has arrived."
     return Arriving(lambda: f(x)) if isinstance(x, Arriving) else f(x)
 
-# %% ../nbs/01a_ranks.ipynb #d18414e2
+# %% ../nbs/01a_ranks.ipynb #200d7724
 class Ranks:
     "The processes that train a model together, each on a part of the batch; or just one, for which all is as it was."
     def __init__(self,
@@ -124,6 +124,14 @@ class Ranks:
         first = sum(self.sizes[:self.rank])
         return found if found is None else found[first:first + len(tensors[0])]
 
+    def gather_objects(self,
+        x, # Anything that can be pickled
+    )->list: # What each process has, in their order
+        "Things of any kind, of all processes."
+        found = [x]*self.size
+        if self.size > 1: distributed.all_gather_object(found, x, group=self.group)
+        return found
+
     def from_first(self,
         x, # Anything that can be pickled
     ): # The same in all processes
@@ -186,9 +194,7 @@ class Ranks:
         "Tell the others of an error, and hear of theirs."
         failed,*self.sizes = self._reduced(self._at_own_place(n, int(error is not None))).tolist()
         if not failed: return
-        told = [None]*self.size
-        mine = None if error is None else (_known_type(error), str(error))
-        distributed.all_gather_object(told, mine, group=self.group)
+        told = self.gather_objects(None if error is None else (_known_type(error), str(error)))
         if error is None:
             rank,(kind,message) = next((i, o) for i,o in enumerate(told) if o)
             message = f'process {rank} of {self.size} has failed, and so all end: {kind.__name__}: {message}'
