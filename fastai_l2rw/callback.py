@@ -22,10 +22,11 @@ from fastcore.foundation import L
 
 from .engines.passes import derived_seed
 from .engines.routes import Engine
-from .fit import Checkpoint, Epoch, Fit, Step
+from .fit import Checkpoint, Epoch, Fit, SharedLedger, Step
 from .ledger import ItemLedger
 from .losses import LearnerLosses
 from .quality import CalibratedWeigher
+from .ranks import Ranks
 from .trusted import DoubtedLabels, check_meta_dl
 from .weighers import AlignmentWeigher, LossWeigher, transforms_for
 
@@ -153,7 +154,7 @@ def before_train(self:MetaReweightCallback):
     "Begin a fit, or its next epoch."
     with self.closing_on_error():
         if self.announced or self.this_fit is None: self.begin_fit()
-        self.this_fit.begin_epoch(self.epoch)
+        with self.this_fit.ranks.meeting(): self.this_fit.begin_epoch(self.epoch)
         if self.record: self.record_of_items.begin_epoch(self.epoch)
 
 @patch
@@ -161,9 +162,14 @@ def begin_fit(self:MetaReweightCallback):
     "Begin a fit; raises what is wrong before anything is trained."
     self.close()
     self.announced = False
-    self.this_fit = Fit(self, self.routes, self.make_weigher(hasattr(self.learn, 'lr_finder')), self.next_seed)
-    if self.record: self.record_of_items.begin_fit(self.this_fit.n_items, self.this_fit.record, self.epoch)
-    self.this_fit.record = None # which is large
+    ranks = Ranks(self.learn.model)
+    seed = ranks.from_first(self.next_seed)
+    with ranks.meeting():
+        self.this_fit = Fit(self, self.routes, self.make_weigher(hasattr(self.learn, 'lr_finder')), seed, ranks)
+        if self.record: self.record_of_items.begin_fit(self.this_fit.n_items, self.this_fit.record, self.epoch)
+        self.this_fit.record = None # which is large
+    records = self.record and not self.this_fit.searching
+    if records and ranks.size > 1: self.record_of_items.ledger = SharedLedger(self.record_of_items.ledger, ranks)
 
 @patch
 def make_weigher(self:MetaReweightCallback,
@@ -208,6 +214,7 @@ def after_train(self:MetaReweightCallback):
     if self.this_fit is None: return
     with self.closing_on_error(): self.this_fit.end_epoch()
     self.judged = getattr(self.this_fit.weigher, 'quality', None)
+    if isinstance(self.record_of_items.ledger, SharedLedger): self.record_of_items.ledger.share()
     if self.record: self.record_of_items.note_epoch(self.epoch, dict(zip(Epoch.names, self.this_fit.means)))
 
 @patch
@@ -230,6 +237,7 @@ def close(self:MetaReweightCallback):
     "End the fit at hand, if there is one."
     fit,self.this_fit = self.this_fit,None
     if fit is not None: fit.close()
+    if isinstance(ledger := self.record_of_items.ledger, SharedLedger): self.record_of_items.ledger = ledger.alone()
 
 @patch
 @contextmanager

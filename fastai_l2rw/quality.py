@@ -202,7 +202,7 @@ class CalibratedWeigher(AlignmentWeigher):
 
     def weights(self,
         alignments:Tensor, # Shape (n,)
-        step, # The step, with `output`, `items` and `n_items`
+        step, # The step, with `output`, `items`, `n_items` and `ranks`
         fit, # The fit, with `normalise`, `losses` and the `Learner`
     )->Tensor: # Shape (n,), summing to at most one over all processes
         "The weights of the step's batch; raises `ValueError` where items have not one class label each."
@@ -213,7 +213,7 @@ class CalibratedWeigher(AlignmentWeigher):
         check_has_classes(output, targets)
         by_alignment = super().weights(alignments, step, fit)
         if self.quality is None: self.quality = LabelQuality(step.n_items, output.shape[1], alignments.device)
-        self.quality.see(step.items, output, targets[0].flatten())
+        step.ranks.on_whole(self.quality.see, step.items, output, targets[0].flatten())
         if (share := self.quality.believed) is None: return by_alignment
         return share*fit.normalise(self.quality.weights(step.items)).to(by_alignment) + (1 - share)*by_alignment
 
