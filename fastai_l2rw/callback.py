@@ -70,7 +70,7 @@ class MetaReweightCallback(Callback):
         relative:bool=False, # Divide each alignment by the length of the gradient of the example's loss at the model's output?
         smooth:float=0., # Average each item's alignments over its visits, each counting `smooth` times as much as the next; below 1
         margin:float=0., # How far an example may pull against the trusted ones before its weight is zero, in units of the batch's mean
-        calibrate:bool=False, # Weigh by how likely each label is right, too, and so reweight no more than is needed? For data with classes
+        calibrate:bool=False, # Weigh by how likely each label is right, and learn from trusted examples as well? For data with classes
         record:bool=True, # Keep what was seen of each item, for `item_weights` and `MetaInterpretation`?
     ):
         check_meta_dl(meta_dl)
@@ -83,6 +83,7 @@ class MetaReweightCallback(Callback):
         check_whole_numbers(every=(every, 1), start=(start, 0))
         if not 0 <= smooth < 1: raise ValueError(f'smooth={smooth!r} must be from 0 to below 1')
         if not margin >= 0: raise ValueError(f'margin={margin!r} must be 0 or more')
+        if calibrate and skip_zeros: raise ValueError('skip_zeros=True leaves out examples with weight zero, and calibrate=True gives none: use one of them')
         store_attr(but='meta_dl') # which also keeps what it stores a second time, in what is exported
         self.meta_dl,self.was_given = meta_dl,meta_dl is not None
         self.routes = Engine(engine, separate=skip_zeros)
