@@ -71,6 +71,7 @@ def _settings():
         'CIFAR-10N worse, one class 20 times': cifar | people('worse') | skew,
         'CIFAR-10N worse, long tail 10': cifar | people('worse') | tail(10),
         'CIFAR-10N worse, long tail 100': cifar | people('worse') | tail(100),
+        'CIFAR-10N aggregate, long tail 50': cifar | people('aggregate') | tail(50),
         'CIFAR-10N worse, balanced, 3 trusted': cifar | people('worse') | dict(trusted=3),
         'CIFAR-10N worse, balanced, 20 trusted': cifar | people('worse') | dict(trusted=20)}
     return core,more

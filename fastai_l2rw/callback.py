@@ -22,10 +22,11 @@ from fastcore.foundation import L
 
 from .engines.passes import derived_seed
 from .engines.routes import Engine
-from .fit import Checkpoint, Epoch, Fit, Step
+from .fit import Checkpoint, Epoch, Fit, SharedLedger, Step
 from .ledger import ItemLedger
 from .losses import LearnerLosses
 from .quality import CalibratedWeigher
+from .ranks import Ranks
 from .trusted import DoubtedLabels, check_meta_dl
 from .weighers import AlignmentWeigher, LossWeigher, transforms_for
 
@@ -69,7 +70,7 @@ class MetaReweightCallback(Callback):
         relative:bool=False, # Divide each alignment by the length of the gradient of the example's loss at the model's output?
         smooth:float=0., # Average each item's alignments over its visits, each counting `smooth` times as much as the next; below 1
         margin:float=0., # How far an example may pull against the trusted ones before its weight is zero, in units of the batch's mean
-        calibrate:bool=False, # Weigh by how likely each label is right, too, and so reweight no more than is needed? For data with classes
+        calibrate:bool=False, # Weigh by how likely each label is right, and learn from trusted examples as well? For data with classes
         record:bool=True, # Keep what was seen of each item, for `item_weights` and `MetaInterpretation`?
     ):
         check_meta_dl(meta_dl)
@@ -82,6 +83,7 @@ class MetaReweightCallback(Callback):
         check_whole_numbers(every=(every, 1), start=(start, 0))
         if not 0 <= smooth < 1: raise ValueError(f'smooth={smooth!r} must be from 0 to below 1')
         if not margin >= 0: raise ValueError(f'margin={margin!r} must be 0 or more')
+        if calibrate and skip_zeros: raise ValueError('skip_zeros=True leaves out examples with weight zero, and calibrate=True gives none: use one of them')
         store_attr(but='meta_dl') # which also keeps what it stores a second time, in what is exported
         self.meta_dl,self.was_given = meta_dl,meta_dl is not None
         self.routes = Engine(engine, separate=skip_zeros)
@@ -153,7 +155,7 @@ def before_train(self:MetaReweightCallback):
     "Begin a fit, or its next epoch."
     with self.closing_on_error():
         if self.announced or self.this_fit is None: self.begin_fit()
-        self.this_fit.begin_epoch(self.epoch)
+        with self.this_fit.ranks.meeting(): self.this_fit.begin_epoch(self.epoch)
         if self.record: self.record_of_items.begin_epoch(self.epoch)
 
 @patch
@@ -161,9 +163,14 @@ def begin_fit(self:MetaReweightCallback):
     "Begin a fit; raises what is wrong before anything is trained."
     self.close()
     self.announced = False
-    self.this_fit = Fit(self, self.routes, self.make_weigher(hasattr(self.learn, 'lr_finder')), self.next_seed)
-    if self.record: self.record_of_items.begin_fit(self.this_fit.n_items, self.this_fit.record, self.epoch)
-    self.this_fit.record = None # which is large
+    ranks = Ranks(self.learn.model)
+    seed = ranks.from_first(self.next_seed)
+    with ranks.meeting():
+        self.this_fit = Fit(self, self.routes, self.make_weigher(hasattr(self.learn, 'lr_finder')), seed, ranks)
+        if self.record: self.record_of_items.begin_fit(self.this_fit.n_items, self.this_fit.record, self.epoch)
+        self.this_fit.record = None # which is large
+    records = self.record and not self.this_fit.searching
+    if records and ranks.size > 1: self.record_of_items.ledger = SharedLedger(self.record_of_items.ledger, ranks)
 
 @patch
 def make_weigher(self:MetaReweightCallback,
@@ -208,6 +215,7 @@ def after_train(self:MetaReweightCallback):
     if self.this_fit is None: return
     with self.closing_on_error(): self.this_fit.end_epoch()
     self.judged = getattr(self.this_fit.weigher, 'quality', None)
+    if isinstance(self.record_of_items.ledger, SharedLedger): self.record_of_items.ledger.share()
     if self.record: self.record_of_items.note_epoch(self.epoch, dict(zip(Epoch.names, self.this_fit.means)))
 
 @patch
@@ -230,6 +238,7 @@ def close(self:MetaReweightCallback):
     "End the fit at hand, if there is one."
     fit,self.this_fit = self.this_fit,None
     if fit is not None: fit.close()
+    if isinstance(ledger := self.record_of_items.ledger, SharedLedger): self.record_of_items.ledger = ledger.alone()
 
 @patch
 @contextmanager

@@ -136,14 +136,15 @@ class OptimizerStep:
         opt:torch.optim.Optimizer, # PyTorch's or fastai's optimizer; it stays as it is
         params:Mapping[str,nn.Parameter], # Parameters to look ahead along, by name
         loss_scale:float=1., # By what the accumulated gradients have been multiplied, as fp16 training does
+        of_all:Callable=lambda gradients: gradients, # Makes those of all processes of the gradients of this one, by name
     ):
-        self.opt,self.params,self.loss_scale = opt,params,loss_scale
+        self.opt,self.params,self.loss_scale,self.of_all = opt,params,loss_scale,of_all
 
     def __call__(self,
         gradient:Mapping[str,Tensor]|None=None, # Gradient of the step, by name; default: zero
     )->tuple: # Values where the step leads, by name, and a function from a gradient there to the direction
         "Take the step; raises what `virtual_step` raises."
-        gathered = {k: p.grad/self.loss_scale for k,p in self.params.items() if p.grad is not None}
+        gathered = self.of_all({k: p.grad/self.loss_scale for k,p in self.params.items() if p.grad is not None})
         if gathered or gradient is not None:
             gradient = gradient or {k: torch.zeros_like(p) for k,p in self.params.items()}
             gradient = {k: g + gathered[k] if k in gathered else g for k,g in gradient.items()}

@@ -77,12 +77,14 @@ def meta_gradient(
     params:Iterable[str]|Mapping[str,Tensor]|None=None, # Names of the parameters, or values to differentiate at by name; default: all
     autocast:torch.dtype|None=None, # Data type of an autocast to run the pass under, such as `torch.bfloat16`; default: none
     changing:tuple=((),()), # What else a pass is known to change, as `find_traces` gives it
+    shares:Tensor|None=None, # What the loss of each example counts, shape (m,); default: all alike, summing to one
 )->tuple[dict[str,Tensor],Tensor]: # Gradient by parameter name, and the mean loss (a scalar)
     """Gradient of the mean loss on a trusted batch, $\\nabla L_m$; raises `ValueError` for unknown `params`, and for a loss not per
     item, and `TypeError` if no other values can be put in their places."""
     seed = derived_seed(model_device(model))
-    gradient,losses = _gradient(model, loss_func, meta_batch, params, lambda l: torch.full_like(l, 1/len(l)), seed, autocast, changing)
-    return gradient, losses.mean()
+    def weigh(losses): return torch.full_like(losses, 1/len(losses)) if shares is None else shares.to(losses)
+    gradient,losses = _gradient(model, loss_func, meta_batch, params, weigh, seed, autocast, changing)
+    return gradient, losses.mean() if shares is None else (weigh(losses)*losses).sum()
 
 def weighted_gradient(
     model:nn.Module, # Model, in the mode (train or eval) that its passes shall run in

@@ -15,7 +15,7 @@ from os import PathLike
 import numpy as np, torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, SequentialSampler
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders, Pipeline
 from fastai.data.load import DataLoader
@@ -24,6 +24,7 @@ from fastai.torch_core import rank_distrib, to_device
 from fastcore.foundation import L
 
 from .engines.passes import run, virtual_pass
+from .ranks import warn
 from .reweight import forked_random
 
 # %% ../nbs/06_trusted.ipynb #3d1f0a03
@@ -92,6 +93,8 @@ _needed = 'but must be a loader of labelled batches'
 
 def _fault(x):
     "Why `x` can't be a `meta_dl`, and what could; `None` if it may be one."
+    if isinstance(getattr(x, 'sampler', None), DistributedSampler):
+        return 'whose DistributedSampler gives each process other batches: make it without one, since each takes its share of every batch'
     if isinstance(x, (DataLoader, torch.utils.data.DataLoader, torch.utils.data.IterableDataset)): return
     if isinstance(x, DataLoaders): return 'but must be one loader, of trusted examples: ' + _fault_of_loaders(len(x.loaders))
     if isinstance(x, Iterator): return 'which can be read only once: pass a loader, or a list of batches'
@@ -144,7 +147,7 @@ def _check_data(meta_dl, learn_dls):
     if meta_dl is train or same(train) and _reads_all(meta_dl): raise ValueError(
         f'meta_dl {"is the training loader" if meta_dl is train else "reads the training set"}: its labels are those you do not trust. '
         'Pass a loader of examples whose labels have been checked, such as learn.dls.test_dl(items, with_labels=True)')
-    if same(valid): warnings.warn('meta_dl reads the validation set: losses and metrics on it will look better than on new examples, since '
+    if same(valid): warn('meta_dl reads the validation set: losses and metrics on it will look better than on new examples, since '
         'the weights are chosen to lower that loss. Hold out other examples, for one or the other.')
 
 # %% ../nbs/06_trusted.ipynb #3d1f0a18
@@ -409,7 +412,7 @@ class TrustedBatches:
         self.prepare = None # a function of each batch, before it is split into inputs and labels
         self.cache = _ItemCache(device)
         self.label_map = label_map(dl, classes) if len(classes) else None
-        if self.label_map is not None: warnings.warn(f'meta_dl has the classes {_first(class_names(dl), 10)}, '
+        if self.label_map is not None: warn(f'meta_dl has the classes {_first(class_names(dl), 10)}, '
             f'and learn.dls numbers them as {_first(classes, 10)}: labels of meta_dl are mapped by name.')
         self.lacking = {i: o for i,o in enumerate(classes) if o != '#na#'} # classes of which no example has been seen, by label
         self.begin(0)
@@ -467,7 +470,7 @@ class TrustedBatches:
         seen = set(yb[0].flatten().tolist())
         self.lacking = {i: o for i,o in self.lacking.items() if i not in seen}
         if not passed: return
-        if self.lacking: warnings.warn(f'meta_dl has no example of {", ".join(map(str, self.lacking.values()))}: nothing speaks for '
+        if self.lacking: warn(f'meta_dl has no example of {", ".join(map(str, self.lacking.values()))}: nothing speaks for '
             'learning these classes, and most of their examples will get the weight 0. Add a few trusted ones.')
         self.lacking = {}
 
@@ -512,6 +515,6 @@ class DoubtedLabels(Callback):
         self.told = True
         if not found: return
         where = f', at the positions {_first(found, 10)} of meta_dl' if _is_standard(dl, 'get_idxs') else ''
-        warnings.warn(f'{dl.n} trusted examples were drawn by their labels as given, which nobody has checked. After epoch {self.epoch}, '
+        warn(f'{dl.n} trusted examples were drawn by their labels as given, which nobody has checked. After epoch {self.epoch}, '
             f'the model disagrees with {len(found)} of them{where}. Look at them with meta_dl.show_batch(max_n={dl.n}), or check examples '
             'first, with MetaCandidates.')

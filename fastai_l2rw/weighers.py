@@ -7,13 +7,14 @@ __all__ = ['output_gradient_norms', 'relative_alignments', 'RunningAlignments', 
            'MeanUnits', 'transforms_for', 'AlignmentWeigher', 'LossWeigher']
 
 # %% ../nbs/08_weighers.ipynb #0434f8fb
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .engines.passes import forked_random
+from .ranks import Ranks, alone, later
 from .reweight import normalise, rectify
 
 # %% ../nbs/08_weighers.ipynb #42cf8b89
@@ -34,9 +35,11 @@ def output_gradient_norms(
 def relative_alignments(
     alignments:Tensor, # Shape (n,)
     norms:Tensor, # As `output_gradient_norms` gives them, shape (n,)
+    mean:Tensor|None=None, # Their mean in the whole batch, of which these may be a part; default: that of these
 )->Tensor: # Shape (n,)
     "Divide alignments by the length of the gradient at the output, plus a thousandth of its mean in the batch."
-    return alignments/(norms + 1e-3*norms.mean() + (norms.mean() == 0))
+    if mean is None: mean = norms.mean()
+    return alignments/(norms + 1e-3*mean + (mean == 0))
 
 # %% ../nbs/08_weighers.ipynb #0927f0e5
 class RunningAlignments:
@@ -65,9 +68,10 @@ class RunningAlignments:
 # %% ../nbs/08_weighers.ipynb #6ddca3ca
 def in_mean_units(
     alignments:Tensor, # Shape (n,)
+    ranks:Ranks=alone, # The processes that have parts of the batch
 )->Tensor: # The same, with 1 as mean absolute value, unless all are zero
-    "Divide alignments by their mean absolute value."
-    size = alignments.abs().mean()
+    "Divide alignments by their mean absolute value in the whole batch."
+    size = ranks.mean(alignments.abs())
     return alignments/(size + (size == 0))
 
 # %% ../nbs/08_weighers.ipynb #1f709f62
@@ -75,10 +79,11 @@ class Relative:
     "Divides alignments by the length of the gradient at the output."
     def __call__(self,
         alignments:Tensor, # Shape (n,)
-        step, # The step, with `output_norms()`
+        step, # The step, with `output_norms()` and `ranks`
     )->Tensor: # Shape (n,)
         "Transform the alignments of a step."
-        return relative_alignments(alignments, step.output_norms())
+        norms = step.output_norms()
+        return relative_alignments(alignments, norms, step.ranks.mean(norms))
 
 class Smooth:
     "Averages each item's alignments over its visits, in units of a batch's mean."
@@ -88,12 +93,12 @@ class Smooth:
 
     def __call__(self,
         alignments:Tensor, # Shape (n,)
-        step, # The step, with `items` and `n_items`, the number of training items
+        step, # The step, with `items`, `n_items`, the number of training items, and `ranks`
     )->Tensor: # Shape (n,)
         "Transform the alignments of a step; raises `ValueError` where nobody knows which items it has."
         self.check_items(None if step.items is not None else step.why)
         if self.running is None: self.running = RunningAlignments(self.decay, step.n_items, alignments.device)
-        return self.running.update(step.items, in_mean_units(alignments))
+        return step.ranks.on_whole(self.running.update, step.items, in_mean_units(alignments, step.ranks))
 
     def check_items(self,
         why:str|None, # Why it is not known which items are in a batch; `None` if it is
@@ -131,10 +136,10 @@ class MeanUnits:
     "Divides alignments by their mean absolute value."
     def __call__(self,
         alignments:Tensor, # Shape (n,)
-        step, # The step
+        step, # The step, with `ranks`
     )->Tensor: # Shape (n,)
         "Transform the alignments of a step."
-        return in_mean_units(alignments)
+        return in_mean_units(alignments, step.ranks)
 
 def transforms_for(
     relative:bool=False, # Alignments relative to the length of the gradient at the output?
@@ -152,6 +157,7 @@ def transforms_for(
 class AlignmentWeigher:
     "Weights in proportion to positive alignments with the gradient on a trusted batch (Ren et al. 2018, Algorithm 1)."
     needs_losses = False # must the losses of the batch be known before the direction?
+    aligns = True # does it need alignments, in the steps to come?
     def __init__(self,
         transforms:list=(), # Applied to the alignments one after the other
         every:int=1, # Number of steps for which the gradient on a trusted batch is used
@@ -173,13 +179,13 @@ class AlignmentWeigher:
     def direction(self,
         step, # The step
         fit, # The fit
-    )->dict: # By parameter name
+    )->Mapping: # By parameter name
         "The direction of the look-ahead."
         at,pull_back = fit.lookahead()
         gradient = fit.meta_gradient_at(at, step) if self.n % self.every == 0 else self.gradient
         self.n += 1
         self.gradient = gradient if self.every > 1 else None # its memory is better used by the training step
-        return pull_back(gradient)
+        return later(pull_back, gradient)
 
     def weights(self,
         alignments:Tensor, # Shape (n,)
@@ -206,7 +212,7 @@ class AlignmentWeigher:
 # %% ../nbs/08_weighers.ipynb #ef59d9d5
 class LossWeigher:
     "Weights as a function of the loss, which is learned on trusted examples (Meta-Weight-Net, Shu et al. 2019, Algorithm 1)."
-    needs_losses = True
+    needs_losses = aligns = True
     def __init__(self,
         hidden:int=100, # Number of hidden units of the weight net
         lr:float=1e-3, # Its learning rate, for AdamW
@@ -245,35 +251,35 @@ class LossWeigher:
         return self.net(losses.to(next(self.net.parameters()))[..., None])[..., 0]
 
     def weigh(self,
-        losses:Tensor, # Shape (n,)
-        fit, # The fit, with `n_processes`
+        losses:Tensor, # Of the whole batch, shape (n,)
     )->Tensor: # Shape (n,)
         "Weights of losses."
         values = self.values(losses)
-        weights = normalise(values) if self.normalised else values/len(values)
-        return weights/fit.n_processes # each of these weighs its own part
+        return normalise(values) if self.normalised else values/len(values)
 
     def direction(self,
         step, # The step
         fit, # The fit
     )->dict: # By parameter name
         "The direction of the look-ahead, from where a step with the net's weights leads."
-        gradient = fit.weighted_gradient_of(step, lambda losses: self.weigh(losses, fit).detach())
+        def weigh(losses): return step.ranks.on_whole(lambda o: self.weigh(o).detach(), losses)
+        gradient = fit.weighted_gradient_of(step, weigh)
         at,pull_back = fit.lookahead(gradient)
-        return pull_back(fit.meta_gradient_at(at, step))
+        return later(pull_back, fit.meta_gradient_at(at, step))
 
     def weights(self,
         alignments:Tensor, # Shape (n,)
-        step, # The step, with `losses`
+        step, # The step, with `losses` and `ranks`
         fit, # The fit
     )->Tensor: # Shape (n,)
-        "The weights of the step's batch, by the net as it is after one step of its own."
-        losses = step.losses.detach()
-        with torch.enable_grad(): surrogate = -(step.scale*alignments*self.weigh(losses, fit)).sum() # has the trusted loss's gradient
-        self.optimizer.zero_grad()
-        surrogate.backward()
-        self.optimizer.step()
-        return self.weigh(losses, fit).detach()
+        "The weights of the step's batch, by the net as it is after one step of its own, which is the same in all processes."
+        def learn(losses, pulls):
+            with torch.enable_grad(): surrogate = -(pulls*self.weigh(losses)).sum() # has the trusted loss's gradient
+            self.optimizer.zero_grad()
+            surrogate.backward()
+            self.optimizer.step()
+            return self.weigh(losses).detach()
+        return step.ranks.on_whole(learn, step.losses.detach(), step.scale*alignments)
 
     def state(self)->dict: # For `load`
         "What a checkpoint keeps."

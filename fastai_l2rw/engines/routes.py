@@ -7,7 +7,7 @@ __all__ = ['item_losses', 'Aligned', 'along_graph', 'item_by_item', 'separate_pa
            'is_compared', 'Engine', 'hooked_parameter']
 
 # %% ../../nbs/05_engines.routes.ipynb #5c7472ae
-import re, warnings
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from .passes import as_tuple, batch_size, gradients, is_compiled, plain_kernels, recurrent_layers, run, virtual_pass
 from .rules import DualPass, GradientInside, NoForwardDerivative, plain_tensor, without_both
 from .tape import InDoubt, OwnPass
+from ..ranks import warn
 
 # %% ../../nbs/05_engines.routes.ipynb #e6daa26d
 def item_losses(
@@ -273,7 +274,7 @@ class Engine:
         except NoForwardDerivative as e:
             if self.engine != 'auto': raise
             self.kind = 'reverse'
-            warnings.warn(f'{e.operator} has no forward-mode derivative in PyTorch, so two backward passes take the place of tangents, '
+            warn(f'{e.operator} has no forward-mode derivative in PyTorch, so two backward passes take the place of tangents, '
                 "as by engine='reverse', from now on: as exact, but slower and with more memory. Pass engine='reverse' to silence this.")
             if not self.separate and not self.unseen:
                 self.take('own graph')
@@ -322,7 +323,7 @@ class Engine:
         n = sum(self.steps.values())
         if n == 40 and self.steps['own graph'] > n/10 and self.kind == 'forward' and self.engine == 'auto':
             most = max(self.doubts, key=self.doubts.get, default='a gradient hook')
-            warnings.warn(f"{self.steps['own graph']} of {n} steps took their weights from two backward passes through the Learner's "
+            warn(f"{self.steps['own graph']} of {n} steps took their weights from two backward passes through the Learner's "
                 f'own graph, which are as exact as tangents, but slower and with more memory, because of {most}.')
         return found
 
