@@ -208,8 +208,7 @@ class SharedLedger(Ledger):
         ranks:Ranks, # The processes
         room:int=32, # Number of batches after which they tell each other
     ):
-        super().__init__(ledger.n_items, ledger.keep, ledger.decay)
-        self.load(ledger.state())
+        vars(self).update(vars(ledger.copy()))
         self.ranks,self.room,self.own = ranks,room,[]
 
     def begin_epoch(self,
@@ -243,7 +242,9 @@ class SharedLedger(Ledger):
 
     def alone(self)->Ledger: # With what this process alone has seen since they have told each other
         "A ledger without other processes."
-        new = self.copy()
+        new = Ledger.__new__(Ledger)
+        vars(new).update({k: v for k,v in vars(self).items() if k not in ('ranks','room','own')})
+        new = new.copy()
         for items,weights,reason,seen in self.own: new.add(items, weights, reason, **seen)
         return new
 
