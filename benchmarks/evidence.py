@@ -207,7 +207,8 @@ def one(X, y, parts, scheme, seed, epochs=EPOCHS, lr=LR):
     if scheme == 'pruned by cleanlab':
         kept,seconds = pruned(X, y, items, given, trusted, seed, epochs, lr)
         items,name = again(kept),'inverse frequency'
-    if scheme == 'gold loss correction': kwargs['first'],seconds = train(X, y, items, given, trusted, 'unweighted', seed, epochs, lr)
+    if scheme == 'gold loss correction':
+        kwargs['first'],seconds = train(X, y, items, given, trusted, 'inverse frequency', seed, epochs, lr)
     model,took = train(X, y, items, given, trusted, name, seed, epochs, lr, **kwargs)
     with torch.no_grad(): predicted = model(X[test]).argmax(1).numpy()
     return 100*balanced_accuracy_score(y[test], predicted),seconds + took
