@@ -151,7 +151,7 @@ def figure(found, preset=PRESET):
     kinds = {'best static': (lambda o: o['static'], dict(marker='s', color='#999999', ms=7)),
         "the paper's method": (lambda o: 'reweighted', dict(marker='o', mfc='none', mec='#0072B2', mew=1.6, ms=8)),
         'best rival': (lambda o: o['rival'], dict(marker='^', mfc='none', mec='black', mew=1.2, ms=8)),
-        preset: (lambda o: preset, dict(marker='D', color='#E69F00', mec='black', mew=0.6, ms=7)),
+        f'{preset} (this package)': (lambda o: preset, dict(marker='D', color='#E69F00', mec='black', mew=0.6, ms=7)),
         CEILING: (lambda o: CEILING, dict(marker='|', color='black', mew=2.5, ms=15))}
     fig = Figure(figsize=(8.5, 1.3 + 0.3*len(settings)), layout='constrained')
     ax = fig.subplots()

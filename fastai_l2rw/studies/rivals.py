@@ -6,7 +6,7 @@
 __all__ = ['rivals', 'LogitAdjustedLoss', 'GeneralisedCrossEntropy', 'GeneralisedCrossEntropyFlat', 'register_rivals',
            'SmallLosses', 'EarlyLearning', 'AddTrusted', 'corruption_matrix', 'GoldLossCorrection']
 
-# %% ../../nbs/37_studies.rivals.ipynb #b828ba88
+# %% ../../nbs/37_studies.rivals.ipynb #7516215d
 from collections.abc import Iterable
 
 import torch
@@ -20,7 +20,7 @@ from ..ledger import BatchItems
 from ..schemes import Scheme, class_counts, class_weights, scheme_registry
 from ..trusted import TrustedBatches, check_meta_dl, plain_tensors
 
-# %% ../../nbs/37_studies.rivals.ipynb #378b7deb
+# %% ../../nbs/37_studies.rivals.ipynb #6fd89989
 class LogitAdjustedLoss(CrossEntropyLossFlat):
     "Cross-entropy of the outputs plus `tau` times the logarithm of each class's share."
     def __init__(self,
@@ -54,7 +54,7 @@ class GeneralisedCrossEntropyFlat(BaseLoss):
     def decodes(self, x): return x.argmax(dim=self.axis)
     def activation(self, x): return x.softmax(dim=self.axis)
 
-# %% ../../nbs/37_studies.rivals.ipynb #29798696
+# %% ../../nbs/37_studies.rivals.ipynb #15e733d4
 rivals = {} # `Scheme` by name
 
 def _rival(name, source, learns=False):
@@ -85,7 +85,7 @@ def _generalised_cross_entropy(dls, loss_func, meta_dl, q=0.7):
     "classes, by inverse frequency; items that are predicted badly pull less"
     return dict(dls=dls, loss_func=GeneralisedCrossEntropyFlat(q=q, weight=_by_class(dls)), cbs=[])
 
-# %% ../../nbs/37_studies.rivals.ipynb #d88baca7
+# %% ../../nbs/37_studies.rivals.ipynb #e8b8310c
 class SmallLosses(Callback):
     "Learn only from the items of a batch with small losses; raises `ValueError` for a share that is none."
     run_valid = False
@@ -144,7 +144,7 @@ def _early_learning(dls, loss_func, meta_dl, strength=3., decay=0.7):
     held = EarlyLearning(len(dls.train_ds), len(weight), strength, decay)
     return dict(dls=dls, loss_func=CrossEntropyLossFlat(weight=weight), cbs=[held])
 
-# %% ../../nbs/37_studies.rivals.ipynb #2d907d2b
+# %% ../../nbs/37_studies.rivals.ipynb #048aa101
 class AddTrusted(Callback):
     "Put trusted examples into each training batch."
     run_valid,n_added = False,0
