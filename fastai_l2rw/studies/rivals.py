@@ -6,7 +6,7 @@
 __all__ = ['rivals', 'LogitAdjustedLoss', 'GeneralisedCrossEntropy', 'GeneralisedCrossEntropyFlat', 'register_rivals',
            'SmallLosses', 'EarlyLearning', 'AddTrusted', 'corruption_matrix', 'GoldLossCorrection']
 
-# %% ../../nbs/37_studies.rivals.ipynb #13db0feb
+# %% ../../nbs/37_studies.rivals.ipynb #61a79bac
 from collections.abc import Iterable
 
 import torch
@@ -20,7 +20,7 @@ from ..ledger import BatchItems
 from ..schemes import Scheme, class_counts, class_weights, scheme_registry
 from ..trusted import TrustedBatches, check_meta_dl, plain_tensors
 
-# %% ../../nbs/37_studies.rivals.ipynb #a8eb02b6
+# %% ../../nbs/37_studies.rivals.ipynb #08be8e2e
 class LogitAdjustedLoss(CrossEntropyLossFlat):
     "Cross-entropy of the outputs plus `tau` times the logarithm of each class's share."
     def __init__(self,
@@ -43,18 +43,34 @@ class GeneralisedCrossEntropy(nn.Module):
         super().__init__()
         self.q,self.weight,self.reduction = q,weight,reduction
 
-    def forward(self, inp, targ):
+    def forward(self,
+        inp, # Outputs of the model, shape (n, number of classes)
+        targ, # Labels, shape (n,)
+    )->Tensor: # A single number, or shape (n,)
+        "The loss of a batch."
         losses = (1 - inp.softmax(1).gather(1, targ[:, None])[:, 0]**self.q)/self.q
         weights = torch.ones_like(losses) if self.weight is None else self.weight.to(losses)[targ]
         return weights*losses if self.reduction == 'none' else (weights*losses).sum()/weights.sum()
 
 class GeneralisedCrossEntropyFlat(BaseLoss):
     "`GeneralisedCrossEntropy` as a loss function of fastai."
-    def __init__(self, *args, axis=-1, **kwargs): super().__init__(GeneralisedCrossEntropy, *args, axis=axis, **kwargs)
-    def decodes(self, x): return x.argmax(dim=self.axis)
-    def activation(self, x): return x.softmax(dim=self.axis)
+    def __init__(self,
+        **kwargs, # As for `GeneralisedCrossEntropy` and `BaseLoss`
+    ): super().__init__(GeneralisedCrossEntropy, **kwargs)
 
-# %% ../../nbs/37_studies.rivals.ipynb #93e4ffe2
+    def decodes(self,
+        x, # Outputs of the model
+    )->Tensor: # Classes
+        "The likeliest class of each item."
+        return x.argmax(dim=self.axis)
+
+    def activation(self,
+        x, # Outputs of the model
+    )->Tensor: # The same shape
+        "Probabilities."
+        return x.softmax(dim=self.axis)
+
+# %% ../../nbs/37_studies.rivals.ipynb #5333b28e
 rivals = {} # `Scheme` by name
 
 def _rival(name, source, learns=False):
@@ -85,7 +101,7 @@ def _generalised_cross_entropy(dls, loss_func, meta_dl, q=0.7):
     "classes, by inverse frequency; items that are predicted badly pull less"
     return dict(dls=dls, loss_func=GeneralisedCrossEntropyFlat(q=q, weight=_by_class(dls)), cbs=[])
 
-# %% ../../nbs/37_studies.rivals.ipynb #3df90edb
+# %% ../../nbs/37_studies.rivals.ipynb #e8bdff6a
 class SmallLosses(Callback):
     "Learn only from the items of a batch with small losses; raises `ValueError` for a share that is none."
     run_valid = False
@@ -124,7 +140,7 @@ class EarlyLearning(Callback):
         self.items = BatchItems(self.dls.train)
 
     def after_loss(self):
-        "Add what holds it."
+        "Add what holds it; raises `ValueError` where it is not known which items are in the batch."
         at = self.items.items(self.iter, len(self.yb[0]))
         if at is None: raise ValueError(self.items.why)
         p = self.pred.softmax(1).clamp(1e-4, 1 - 1e-4)
@@ -144,7 +160,7 @@ def _early_learning(dls, loss_func, meta_dl, strength=3., decay=0.7):
     held = EarlyLearning(len(dls.train_ds), len(weight), strength, decay)
     return dict(dls=dls, loss_func=CrossEntropyLossFlat(weight=weight), cbs=[held])
 
-# %% ../../nbs/37_studies.rivals.ipynb #57e8fdca
+# %% ../../nbs/37_studies.rivals.ipynb #116adbf3
 class AddTrusted(Callback):
     "Put trusted examples into each training batch."
     run_valid,n_added = False,0
@@ -192,17 +208,20 @@ class GoldLossCorrection(AddTrusted):
     def __init__(self,
         meta_dl:DataLoader|None, # fastai's loader of trusted batches; default: the third of `learn.dls`
         corruption:Tensor, # As `corruption_matrix` gives it
+        weight:Tensor, # What a label of each class counts; a trusted one counts 1
         n:int=16, # Number of trusted examples in a batch
     ):
         super().__init__(meta_dl, n)
-        self.corruption = corruption
+        self.corruption,self.weight = corruption,weight
 
     def after_loss(self):
         "The mean over both."
         n = len(self.pred) - self.n_added
         probs = (self.pred[:n].softmax(1) @ self.corruption.to(self.pred)).clamp(min=1e-8)
-        losses = F.nll_loss(probs.log(), self.yb[0][:n], reduction='sum') + F.cross_entropy(self.pred[n:], self.yb[0][n:], reduction='sum')
-        self.learn.loss_grad = losses/len(self.pred)
+        weight = self.weight.to(self.pred)
+        losses = F.nll_loss(probs.log(), self.yb[0][:n], weight, reduction='sum')
+        losses = losses + F.cross_entropy(self.pred[n:], self.yb[0][n:], reduction='sum')
+        self.learn.loss_grad = losses/(weight[self.yb[0][:n]].sum() + self.n_added)
 
 @_rival('trusted added', 'training on all that there is')
 def _trusted_added(dls, loss_func, meta_dl, n=16):
@@ -211,7 +230,8 @@ def _trusted_added(dls, loss_func, meta_dl, n=16):
 
 @_rival('gold loss correction', 'Hendrycks et al., NeurIPS 2018, algorithm 1', learns=True)
 def _gold_loss_correction(dls, loss_func, meta_dl, first=None, n=16):
-    "nothing; probabilities are corrected for how labels go wrong, as trusted examples tell"
+    "classes, by inverse frequency; probabilities are corrected for how labels go wrong, as trusted examples tell"
     if first is None: raise ValueError("scheme='gold loss correction' needs first, a model that was trained on the labels as they are")
-    corruption = corruption_matrix(first, dls.loaders[2] if meta_dl is None else meta_dl, len(class_counts(dls)))
-    return dict(dls=dls, loss_func=loss_func, cbs=[GoldLossCorrection(meta_dl, corruption, n)])
+    weight = _by_class(dls)
+    corruption = corruption_matrix(first, dls.loaders[2] if meta_dl is None else meta_dl, len(weight))
+    return dict(dls=dls, loss_func=loss_func, cbs=[GoldLossCorrection(meta_dl, corruption, weight, n)])
