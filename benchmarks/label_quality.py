@@ -1,14 +1,14 @@
-"""How well label quality tells wrong labels from right ones, and what weights that follow from it are worth.
+"""How well label quality tells wrong labels from right ones, and whether it is what it says.
 
-A small network is trained on features of images, by several schemes, with the same split, wrong labels, initial weights and number of steps
-for each of them:
+A small network is trained on features of images, once with `calibrate=True` and once plainly, in settings of evidence.py, which also says what a
+file of features has:
 
-    python benchmarks/label_quality.py cifar10.npz ham10000.npz
+    python benchmarks/label_quality.py cifar10.npz ham10000.npz --seeds 5 --cleanlab
 
-Each file has `X`, features, shape (n, d), `y`, the right labels, and may have `test`, a mask of the test items, and labels that people have
-given, under their names (`worse`, `aggregate`). `python benchmarks/label_quality.py --make FILE FOLDER` makes such a file from a folder of
-images with a folder for each class, by the EfficientNet-Lite0 of the extra `lite`; folders `train` and `test` in it give the mask.
-Without files, scikit-learn's digits are taken. cleanlab (5-fold) is compared with where it is installed.
+The scores of one training are compared: `label_quality`, the loss of plain training, and the Area Under the Margin (Pleiss et al. 2020). With
+`--cleanlab`, which needs it installed, so is its score, by five trainings on four fifths of the items each.
+`python benchmarks/label_quality.py --make FILE FOLDER` makes a file of features of a folder of images, by the EfficientNet-Lite0 of the extra
+`lite`. The folder has a folder for each class, and may have them in two folders `train` and `test`.
 """
 import warnings
 from argparse import ArgumentParser
@@ -18,30 +18,17 @@ from pathlib import Path
 import fastai, numpy as np, pandas as pd, torch
 from fastai.basics import DataLoaders, Learner, SGD, set_seed
 from fastai.callback.all import ParamScheduler, ProgressCallback, SchedCos
-from fastai.data.core import TfmdDL
-from sklearn.datasets import load_digits
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 from torch import nn
 
+from evidence import BS, EPOCHS, HIDDEN, LR, SETTINGS, Features, FeaturesDL, OnlyTrain, read_data, split
 from fastai_l2rw.all import *
 
-SETTINGS = { # what is done to the labels, how many items of each class there are, and how many trusted ones
-    'right labels, as it is': dict(), 'uniform 0.4': dict(noise=0.4), 'next class 0.4': dict(noise=0.4, kind='next'),
-    'uniform 0.4, 3 trusted': dict(noise=0.4, trusted=3),
-    'right labels, one class 20 times': dict(counts='dominant'), 'uniform 0.4, one class 20 times': dict(noise=0.4, counts='dominant'),
-    'worse, balanced': dict(labels='worse'), 'worse, long tail 50': dict(labels='worse', counts='tail'),
-    'aggregate, balanced': dict(labels='aggregate')}
-SCHEMES = 'unweighted','inverse frequency','reweighted','robust','calibrated','right labels alone'
-
-def read_data(file):
-    "Features, scaled, labels from 0, and what else the file has."
-    if file is None: X,y,others = *load_digits(return_X_y=True),{}
-    else:
-        with np.load(file) as f: others = dict(f)
-        X,y = others.pop('X'),others.pop('y')
-    X = X - X.mean(0)
-    return torch.tensor(X/np.sqrt((X.std(0)**2).mean()), dtype=torch.float32),np.unique(y, return_inverse=True)[1],others
+WRONG = ('HAM10000, 40 % uniform', 'HAM10000, 40 % to the next class', 'HAM10000, 40 % uniform, 3 trusted', 'CIFAR-10, balanced, 40 % uniform',
+    'CIFAR-10, balanced, 40 % to the next class', 'CIFAR-10, one class 20 times, 40 % uniform', 'CIFAR-10N worse, balanced',
+    'CIFAR-10N worse, long tail 50', 'CIFAR-10N aggregate, balanced', 'CIFAR-10N aggregate, long tail 50')
+RIGHT = 'HAM10000, right labels','CIFAR-10, one class 20 times, right labels'
 
 def make_features(out, folder, size=96):
     "Features of the images of a folder."
@@ -54,158 +41,115 @@ def make_features(out, folder, size=96):
     def image(file): return (torch.tensor(np.array(Image.open(file).convert('RGB').resize((size, size)))).permute(2, 0, 1)/255 - mean)/std
     with torch.no_grad():
         X = torch.cat([net.extract_features(torch.stack([image(o) for o in files[i:i+64]])).mean((2, 3)) for i in range(0, len(files), 64)])
-    test = np.array(['test' in o.relative_to(folder).parts for o in files])
-    np.savez(out, X=X.numpy(), y=np.array([o.parent.name for o in files]), test=test)
+    paths = [o.relative_to(folder) for o in files]
+    np.savez(out, X=X.numpy(), y=np.array([o.parent.name for o in files]), test=np.array(['test' in o.parts for o in paths]),
+        path=np.array([o.as_posix() for o in paths]))
 
-def split(X, y, others, seed, noise=0., kind='uniform', labels=None, counts=None, trusted=10):
-    "Positions of test, training and trusted items, and the labels given."
-    rng,classes = np.random.default_rng(seed),range(y.max() + 1)
-    if (test := others.get('test')) is None or not test.any(): # the same quarter for all seeds
-        fixed,test = np.random.default_rng(0),np.zeros(len(y), bool)
-        for c in classes: test[fixed.permutation(np.flatnonzero(y == c))[:(y == c).sum()//4]] = True
-    pool = [rng.permutation(np.flatnonzero(~test & (y == c))) for c in classes]
-    most = [len(o) for o in pool]
-    if counts == 'dominant': most = [600] + [30]*(len(pool) - 1)
-    if counts == 'tail': most = [int(len(o)*50**(-c/(len(pool) - 1))) for c,o in enumerate(pool)]
-    train = rng.permutation(np.concatenate([o[trusted:][:k] for o,k in zip(pool, most)]))
-    given = y.copy() if labels is None else np.where(test, y, others[labels])
-    if noise:
-        wrong = train[rng.random(len(train)) < noise]
-        given[wrong] = (y[wrong] + (1 if kind == 'next' else rng.integers(1, len(pool), len(wrong))))%len(pool)
-    return np.flatnonzero(test),train,np.concatenate([o[:trusted] for o in pool]),given
-
-def loader(X, y, at, **kwargs):
-    return TfmdDL([(X[i], torch.tensor(int(y[i]))) for i in at], bs=64, num_workers=0, **kwargs)
-
-def train(X, parts, y, scheme, seed, epochs, lr):
-    "A Learner, trained."
-    test,items,trusted,given = parts
-    if scheme == 'right labels alone': items,scheme = items[given[items] == y[items]],'inverse frequency'
+def train(X, y, items, given, trusted, seed, epochs, calibrate):
+    "A Learner, trained with `calibrate=True` or plainly."
     set_seed(seed)
-    dls = DataLoaders(loader(X, given, items, shuffle=True, drop_last=True), loader(X, y, test), device='cpu')
-    dls.c = int(y.max()) + 1
-    how = dict(dls=dls, cbs=MetaReweightCallback(loader(X, y, trusted), start=epochs), loss_func=nn.CrossEntropyLoss()) # plain, but noted
-    if scheme != 'unweighted': how = weighting_scheme(scheme, dls, loader(X, y, trusted))
-    model = nn.Sequential(nn.Linear(X.shape[1], 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, dls.c))
-    learn = Learner(model=model, metrics=BalancedAccuracy(), opt_func=partial(SGD, mom=0.9), **how)
-    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, lr, cbs=ParamScheduler({'lr': SchedCos(lr, 0)}))
+    make = partial(FeaturesDL, bs=BS, num_workers=0)
+    dls = DataLoaders(make(Features(X, given, items), shuffle=True, drop_last=True), make(Features(X, y, trusted)), device='cpu')
+    cb = MetaReweightCallback(make(Features(X, y, trusted)), calibrate=calibrate, start=0 if calibrate else epochs) # plain, but noted
+    model = nn.Sequential(nn.Linear(X.shape[1], HIDDEN), nn.ReLU(), nn.Dropout(0.5), nn.Linear(HIDDEN, int(y.max()) + 1))
+    learn = Learner(dls, model, nn.CrossEntropyLoss(), opt_func=partial(SGD, mom=0.9), cbs=cb)
+    learn.remove_cb(ProgressCallback)
+    with learn.no_logging(): learn.fit(epochs, LR, cbs=[OnlyTrain(), ParamScheduler({'lr': SchedCos(LR, 0)})])
     return learn
 
 def detection(suspicious, wrong, labels):
     "How well numbers find wrong labels, in %."
     within = [roc_auc_score(wrong[labels == c], suspicious[labels == c]) for c in np.unique(labels) if len(set(wrong[labels == c])) == 2]
     order = np.argsort(-suspicious, kind='stable')
-    return {'AUC': roc_auc_score(wrong, suspicious), 'AUC within labels': np.mean(within),
-        'average precision': average_precision_score(wrong, suspicious), 'of the first 100': wrong[order[:100]].mean(), 'of the first 500': wrong[order[:500]].mean()}
+    found = {'AUC': roc_auc_score(wrong, suspicious), 'AUC within labels': np.mean(within),
+        'average precision': average_precision_score(wrong, suspicious), **{f'of the first {n}': wrong[order[:n]].mean() for n in (100, 500)}}
+    return {k: 100*v for k,v in found.items()}
 
-def cross_validated(X, parts, y, seed, epochs, lr):
-    "cleanlab's score, by the unweighted scheme on four fifths of the items each time."
+def reliability(quality, right):
+    "Of items in each tenth of quality that has fifty or more: quality minus the share of right labels, in %; and the mean over items."
+    tenth = np.minimum((quality*10).astype(int), 9)
+    gaps = {k: 100*(quality[tenth == k].mean() - right[tenth == k].mean()) for k in range(10) if (tenth == k).any()}
+    shown = {f'{10*k} to {10*k + 10} %': v for k,v in gaps.items() if (tenth == k).sum() >= 50}
+    return shown | {'mean error': sum(abs(v)*(tenth == k).mean() for k,v in gaps.items())}
+
+def cross_validated(X, y, items, given, trusted, seed, epochs):
+    "cleanlab's score, by plain training on four fifths of the items each time."
     from cleanlab.rank import get_label_quality_scores
-    _,items,trusted,given = parts
     probs = np.zeros((len(items), y.max() + 1))
     for a,b in StratifiedKFold(5, shuffle=True, random_state=seed).split(items, given[items]):
-        model = train(X, (parts[0], items[a], trusted, given), y, 'unweighted', seed, epochs, lr).model.eval()
+        model = train(X, y, items[a], given, trusted, seed, epochs, False).model.eval()
         with torch.no_grad(): probs[b] = model(X[items[b]]).softmax(1).numpy()
     return -get_label_quality_scores(given[items], probs/probs.sum(1, keepdims=True))
 
-def one(X, y, others, setting, seed, schemes, epochs, lr, cleanlab):
-    "Rows of one setting and seed: balanced accuracies, detection and calibration."
-    parts = split(X, y, others, seed, **setting)
-    items,given = parts[1],parts[3]
-    wrong,rows = given[items] != y[items],[]
-    for scheme in schemes:
-        if scheme == 'right labels alone' and not wrong.any(): continue
-        learn = train(X, parts, y, scheme, seed, epochs, lr)
-        with learn.no_bar(), learn.no_logging(): rows.append(dict(what=scheme, value=100*learn.validate()[1]))
-        found = {}
-        if scheme == 'unweighted' and wrong.any():
-            seen = MetaInterpretation.from_learner(learn).table()
-            found = {'loss of plain training': seen.loss.to_numpy(), 'Area Under the Margin': -seen.margin.to_numpy()}
-        if scheme == 'calibrated':
-            quality = learn.meta_reweight.label_quality().label_quality.reindex(range(len(items)), fill_value=0.5).to_numpy()
-            rows.append(dict(what='share of right labels found', value=100*quality.mean()))
-            rows.append(dict(what='share of right labels', value=100*(1 - wrong.mean())))
-            tenth = np.minimum((quality*10).astype(int), 9)
-            gaps = [(tenth == k).mean()*abs((~wrong[tenth == k]).mean() - quality[tenth == k].mean()) for k in np.unique(tenth)]
-            rows.append(dict(what='calibration error', value=100*sum(gaps)))
-            if wrong.any(): found = {'label quality': 1 - quality}
-        if scheme == 'unweighted' and wrong.any() and cleanlab:
-            found['cleanlab, five trainings'] = cross_validated(X, parts, y, seed, epochs, lr)
-        rows += [dict(what=f'{name}: {k}', value=100*v) for name,s in found.items() for k,v in detection(s, wrong, given[items]).items()]
-    return rows
+def one(X, y, parts, seed, epochs, cleanlab):
+    "Rows of one setting and seed."
+    _,items,trusted,given = parts
+    right,scores = given[items] == y[items],{}
+    learn = train(X, y, items, given, trusted, seed, epochs, True)
+    quality = learn.meta_reweight.label_quality().label_quality.reindex(range(len(items)), fill_value=0.5).to_numpy()
+    rows = [dict(table='share', what=k, value=100*v.mean()) for k,v in (('right',right), ('found',quality))]
+    rows += [dict(table='reliability', what=k, value=v) for k,v in reliability(quality, right).items()]
+    if right.all(): return rows
+    scores['label quality'] = 1 - quality
+    seen = MetaInterpretation.from_learner(train(X, y, items, given, trusted, seed, epochs, False)).table()
+    scores |= {'loss of plain training': seen.loss.to_numpy(), 'Area Under the Margin': -seen.margin.to_numpy()}
+    if cleanlab: scores['cleanlab, five trainings'] = cross_validated(X, y, items, given, trusted, seed, epochs)
+    return rows + [dict(table='detection', by=name, what=k, value=v) for name,s in scores.items() for k,v in detection(s, ~right, given[items]).items()]
 
-def report(df, given):
+def report(df, command):
     "Tables as Markdown, with what made them."
-    spread = lambda o: f'{o.mean():.1f} ± {o.std():.1f}' if len(o) > 1 else f'{o.mean():.1f}'
-    df = df.assign(setting=df.data + ', ' + df.setting)
-    order = list(dict.fromkeys(df.setting))
-    accuracy = df[df.what.isin(SCHEMES)]
-    wide = accuracy.pivot_table(index=['setting','seed'], columns='what', values='value')
-    lines = ['# Label quality, and weights that follow from it', '', f'`python benchmarks/label_quality.py {given}`', '',
-        f'torch {torch.__version__}, fastai {fastai.__version__}. {df.seed.nunique()} seeds, mean ± standard deviation. '
-        'Features of a pretrained EfficientNet-Lite0 for images, a head with 256 hidden units, 10 trusted items of a class '
-        '(3 where it says so).', '', '## Balanced accuracy on test items, %', '']
-    shown = [o for o in SCHEMES if o in wide]
-    lines += ['| | ' + ' | '.join(shown) + ' | calibrated − inverse frequency | calibrated − robust |', '|---'*(len(shown) + 3) + '|']
-    for k in order:
-        w = wide.loc[k]
-        cells = [spread(w[o].dropna()) if o in w and w[o].notna().any() else '' for o in shown]
-        cells += [spread(w['calibrated'] - w[o]) for o in ('inverse frequency','robust')]
-        lines.append(f'| {k} | ' + ' | '.join(cells) + ' |')
-    means = wide.groupby('setting').mean().mean()
-    cells = [f'{means[o]:.1f}' if o != 'right labels alone' else '' for o in shown]
-    lines += ['| mean | ' + ' | '.join(cells) + ' | | |', '', '## Wrong labels found, %', '']
-    found = df[df.what.str.contains(': ')].copy()
-    found[['score','measure']] = found.what.str.split(': ', expand=True)
-    measures = list(dict.fromkeys(found.measure))
+    spread = lambda o: '' if not len(o) else f'{o.mean():.1f} ± {o.std():.1f}' if len(o) > 1 else f'{o.mean():.1f}'
+    settings = [o for o in (*RIGHT, *WRONG) if o in set(df.setting)]
+    lines = ['# Is this label right?', '', f'`{command}`', '', f'torch {torch.__version__}, fastai {fastai.__version__}. {df.seed.nunique()} seeds, mean ± '
+        f'standard deviation. Features of a pretrained EfficientNet-Lite0, a head with {HIDDEN} hidden units, 10 trusted items of a class '
+        '(3 where it says so), one training of 15 epochs (five more for cleanlab).', '', '## Wrong labels found, %', '']
+    found = df[df.table == 'detection']
+    measures = list(dict.fromkeys(found.what))
     lines += ['| | by | ' + ' | '.join(measures) + ' |', '|---'*(len(measures) + 2) + '|']
-    for (k,score),g in sorted(found.groupby(['setting','score'], sort=False), key=lambda o: order.index(o[0][0])):
-        lines.append(f'| {k} | {score} | ' + ' | '.join(spread(g[g.measure == m].value) for m in measures) + ' |')
-    others = ['share of right labels','share of right labels found','calibration error']
-    lines += ['', '## Is label quality what it says? %', '', '| | ' + ' | '.join(others) + ' |', '|---'*4 + '|']
-    for k in order:
-        g = df[(df.setting == k) & df.what.isin(others)]
-        lines.append(f'| {k} | ' + ' | '.join(spread(g[g.what == o].value) for o in others) + ' |')
+    for setting in settings:
+        for by,g in found[found.setting == setting].groupby('by', sort=False):
+            lines.append(f'| {setting} | {by} | ' + ' | '.join(spread(g[g.what == o].value) for o in measures) + ' |')
+    tenths = [f'{k} to {k + 10} %' for k in range(0, 100, 10)]
+    lines += ['', '## Is label quality what it says?', '', 'Mean quality minus share of right labels in each tenth of quality that has fifty items or more; '
+        'and the mean error over all items.', '', '| | share of right labels | share found | mean error | ' + ' | '.join(tenths) + ' |', '|---'*14 + '|']
+    for setting in settings:
+        g = df[df.setting == setting]
+        def cell(table, what): return spread(g[(g.table == table) & (g.what == what)].value)
+        cells = [cell('share', 'right'), cell('share', 'found'), cell('reliability', 'mean error'), *(cell('reliability', o) for o in tenths)]
+        lines.append(f'| {setting} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines) + '\n'
 
 def main():
-    parser = ArgumentParser(description='Train by several schemes, find wrong labels by several scores, write results.csv and results.md.')
-    parser.add_argument('files', nargs='*', type=Path, help="files of features, named as the data; default: scikit-learn's digits")
+    parser = ArgumentParser(description='Find wrong labels by several scores, and write rows.csv and README.md.')
+    parser.add_argument('files', nargs='*', type=Path, help='files of features: cifar10.npz and ham10000.npz, or one of them')
     parser.add_argument('--make', action='store_true', help='make the first file, from the folder of images that is given second')
     parser.add_argument('--size', type=int, default=96, help='pixels of the images for --make')
-    parser.add_argument('--settings', default='', help='names of settings, with semicolons between them; default: all that suit the data')
-    parser.add_argument('--schemes', default=','.join(SCHEMES), help='names of schemes, with commas between them')
+    parser.add_argument('--settings', default=';'.join((*RIGHT, *WRONG)), help='names of settings, with semicolons between them')
     parser.add_argument('--seeds', type=int, default=5, help='number of seeds')
-    parser.add_argument('--epochs', type=int, default=15, help='number of epochs')
-    parser.add_argument('--lr', type=float, default=0.003, help='highest learning rate')
+    parser.add_argument('--epochs', type=int, default=EPOCHS, help='number of epochs')
     parser.add_argument('--cleanlab', action='store_true', help='compare with cleanlab, which takes five more trainings')
     parser.add_argument('--out', type=Path, default=Path('results/label_quality'), help='folder; a run goes on where it was interrupted')
     o = parser.parse_args()
     torch.set_num_threads(1)
     if o.make: return make_features(o.files[0], o.files[1], o.size)
     o.out.mkdir(exist_ok=True, parents=True)
-    store = o.out/'results.csv'
+    store,files = o.out/'rows.csv',{f.stem: f for f in o.files}
     rows = pd.read_csv(store).to_dict('records') if store.exists() else []
-    done = {(r['data'], r['setting'], r['seed']) for r in rows}
-    chosen = [k.strip() for k in o.settings.split(';')] if o.settings else list(SETTINGS)
+    done = {(r['setting'], r['seed']) for r in rows}
+    names = ' '.join(f.name for f in o.files)
+    command = f'python benchmarks/label_quality.py {names} --seeds {o.seeds}' + ' --cleanlab'*o.cleanlab
     for seed in range(o.seeds):
-        for file in o.files or [None]:
-            X,y,others = read_data(file)
-            name = 'digits' if file is None else file.stem
-            for setting in chosen:
-                how = SETTINGS[setting]
-                if how.get('labels') is not None and how['labels'] not in others: continue
-                if (name, setting, seed) in done: continue
-                with warnings.catch_warnings():
-                    warnings.simplefilter('ignore')
-                    new = one(X, y, others, how, seed, o.schemes.split(','), o.epochs, o.lr, o.cleanlab)
-                rows += [dict(data=name, setting=setting, seed=seed) | r for r in new]
-                told = [r for r in new if ': ' not in r['what'] or r['what'].endswith('within labels')]
-                print(seed, name, setting, {r['what']: round(float(r['value']), 1) for r in told}, flush=True)
-                pd.DataFrame(rows).round(4).to_csv(store, index=False)
-                given = ' '.join(map(str, [*(f.name for f in o.files), '--seeds', o.seeds, *(['--cleanlab'] if o.cleanlab else [])]))
-                if o.settings: given += f" --settings '{o.settings}'"
-                if set(o.schemes.split(',')) >= {'inverse frequency','robust','calibrated'}:
-                    (o.out/'results.md').write_text(report(pd.DataFrame(rows), given))
+        for setting in map(str.strip, o.settings.split(';')):
+            how = dict(SETTINGS[setting])
+            data = how.pop('data')
+            if data not in files or (setting, seed) in done: continue
+            X,y,others = read_data(files[data])
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                new = one(X, y, split(X, y, others, seed, **how), seed, o.epochs, o.cleanlab)
+            rows += [dict(setting=setting, seed=seed) | r for r in new]
+            print(seed, setting, {f"{r.get('by', '')} {r['what']}": round(float(r['value']), 1) for r in new if r['what'] in ('AUC','found','mean error')}, flush=True)
+            pd.DataFrame(rows).round(4).to_csv(store, index=False)
+            (o.out/'README.md').write_text(report(pd.DataFrame(rows), command))
 
 if __name__ == '__main__': main()

@@ -3,6 +3,7 @@ had from here, too, but have to be named: `from fastai_l2rw.all import virtual_s
 from fastai_l2rw.reweight import *
 from fastai_l2rw.lookahead import *
 from fastai_l2rw.weighers import *
+from fastai_l2rw.ledger import ItemKeys
 from fastai_l2rw.losses import LossNotPerItem
 from fastai_l2rw.callback import *
 from fastai_l2rw.schemes import *
@@ -14,7 +15,8 @@ from fastai_l2rw.data.folders import *
 from fastai_l2rw.data.cifar10 import *
 from fastai_l2rw.data.ham10000 import *
 
-__all__ = ['MetaReweightCallback', 'MetaWeightNetCallback', 'weighting_scheme', 'schemes_table', 'weighted_sampler', # in a Learner
+__all__ = ['MetaReweightCallback', 'MetaWeightNetCallback', 'ItemKeys', 'weighting_scheme', 'schemes_table',
+    'weighted_sampler', # in a Learner
     'example_weights', 'meta_gradient', 'alignment', 'unrolled_weights', # in a loop of one's own
     'MetaCandidates', 'hold_out_meta', 'MetaSplitter', 'PartSplitter', # trusted examples
     'MetaInterpretation', 'BalancedAccuracy', 'ClassRecall', 'show_distribution', # to look at

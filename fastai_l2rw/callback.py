@@ -70,7 +70,7 @@ class MetaReweightCallback(Callback):
         relative:bool=False, # Divide each alignment by the length of the gradient of the example's loss at the model's output?
         smooth:float=0., # Average each item's alignments over its visits, each counting `smooth` times as much as the next; below 1
         margin:float=0., # How far an example may pull against the trusted ones before its weight is zero, in units of the batch's mean
-        calibrate:bool=False, # Weigh by how likely each label is right, too, and so reweight no more than is needed? For data with classes
+        calibrate:bool=False, # Weigh by how likely each label is right, and learn from trusted examples as well? For data with classes
         record:bool=True, # Keep what was seen of each item, for `item_weights` and `MetaInterpretation`?
     ):
         check_meta_dl(meta_dl)
@@ -83,6 +83,7 @@ class MetaReweightCallback(Callback):
         check_whole_numbers(every=(every, 1), start=(start, 0))
         if not 0 <= smooth < 1: raise ValueError(f'smooth={smooth!r} must be from 0 to below 1')
         if not margin >= 0: raise ValueError(f'margin={margin!r} must be 0 or more')
+        if calibrate and skip_zeros: raise ValueError('skip_zeros=True leaves out examples with weight zero, and calibrate=True gives none: use one of them')
         store_attr(but='meta_dl') # which also keeps what it stores a second time, in what is exported
         self.meta_dl,self.was_given = meta_dl,meta_dl is not None
         self.routes = Engine(engine, separate=skip_zeros)
@@ -167,6 +168,7 @@ def begin_fit(self:MetaReweightCallback):
     with ranks.meeting():
         self.this_fit = Fit(self, self.routes, self.make_weigher(hasattr(self.learn, 'lr_finder')), seed, ranks)
         if self.record: self.record_of_items.begin_fit(self.this_fit.n_items, self.this_fit.record, self.epoch)
+        self.this_fit.record = None # which is large
     records = self.record and not self.this_fit.searching
     if records and ranks.size > 1: self.record_of_items.ledger = SharedLedger(self.record_of_items.ledger, ranks)
 
@@ -272,6 +274,14 @@ def item_weights(self:MetaReweightCallback,
     "How each training item was weighed in the last fit; raises `ValueError` if that is not known."
     if not self.record: raise ValueError('no weights have been recorded (record=False): train with record=True first')
     return self.record_of_items.item_weights(last)
+
+@patch
+def class_weights(self:MetaReweightCallback,
+    epoch:int|None=None, # One of the last ten with weights; default: all epochs of the last fit
+)->pd.DataFrame: # By number of the class, columns as in `item_weights`
+    "How the items of each class were weighed in the last fit, also where nobody knows which they were; raises `ValueError` without classes."
+    if not self.record: raise ValueError('no weights have been recorded (record=False): train with record=True first')
+    return self.record_of_items.class_weights(epoch)
 
 @patch
 def item_evidence(self:MetaReweightCallback)->pd.DataFrame: # By position, as `Ledger.item_evidence`

@@ -29,7 +29,7 @@ from .engines.routes import Aligned, Engine
 from .engines.rules import NoForwardDerivative
 from .engines.skip_zeros import acts_on_others, coupling_layer, losses_act_on_others, rows_of
 from .engines.tape import OwnPass
-from .ledger import BatchItems, Ledger, Mixing, evidence_of
+from .ledger import BatchItems, ItemKeys, Ledger, Mixing, check_room, evidence_of
 from .lookahead import OptimizerStep, SGDStep, bare_optimizer, check_lookahead
 from .losses import LearnerLosses, LossNotPerItem, loss_scale
 from .quality import check_has_classes
@@ -79,6 +79,7 @@ class Underway:
     own:OwnPass|None=None # The Learner's own pass
     aligned:Aligned|None=None # What a separate pass gave
     pred:object=None # What the loss was given
+    pull:Mapping|None=None # What trusted examples that are learned from add to the gradient, by parameter name
     norms_aside:Callable|None=None # Gives the lengths of the gradients at the output where the Learner has no output yet
 
 # %% ../nbs/10_fit.ipynb #3c0fa2bc
@@ -98,9 +99,9 @@ class Step:
     meta_loss:Tensor|None=None # The mean loss on it
     losses:Tensor|None=None # One loss per item, shape (n,)
     scale:Tensor|None=None # What they are multiplied by, so that their mean is the loss function's own reduction
-    alignments:Tensor|None=None # One per item, shape (n,)
+    alignments:Tensor|None=None # One per item, shape (n,); `None` where weights do not need them
     weights:Tensor|None=None # One per item, shape (n,): what the Learner trains with
-    route:str='' # How the alignments were found: 'own pass', 'own graph' or 'separate pass'
+    route:str='' # How the alignments were found: 'own pass', 'own graph' or 'separate pass'; empty if there are none
     whole:tuple|None=None # The whole batch, while examples are left out of it
     mixed:tuple|None=None # How MixUp or CutMix has mixed it, as `Mixing` gives it
     seen:dict=field(default_factory=dict) # What else is to be kept of each item: columns for `Ledger.add`
@@ -207,8 +208,7 @@ class SharedLedger(Ledger):
         ranks:Ranks, # The processes
         room:int=32, # Number of batches after which they tell each other
     ):
-        super().__init__(ledger.n_items, ledger.keep, ledger.decay)
-        self.load(ledger.state())
+        vars(self).update(vars(ledger.copy()))
         self.ranks,self.room,self.own = ranks,room,[]
 
     def begin_epoch(self,
@@ -242,7 +242,9 @@ class SharedLedger(Ledger):
 
     def alone(self)->Ledger: # With what this process alone has seen since they have told each other
         "A ledger without other processes."
-        new = self.copy()
+        new = Ledger.__new__(Ledger)
+        vars(new).update({k: v for k,v in vars(self).items() if k not in ('ranks','room','own')})
+        new = new.copy()
         for items,weights,reason,seen in self.own: new.add(items, weights, reason, **seen)
         return new
 
@@ -268,7 +270,8 @@ class Fit:
         replicated = isinstance(learn.model, nn.DataParallel) and learn.model.device_ids
         self.spread = bool(synced or replicated) # does the Learner's pass depend on what other devices have?
         dataset = getattr(learn.dls.train, 'dataset', None)
-        self.n_items = len(dataset) if hasattr(dataset, '__len__') else 0
+        self.keys = next((cb for cb in learn.cbs if isinstance(cb, ItemKeys)), None) # what tells the items of a stream
+        self.n_items = self.keys.n_items if self.keys else len(dataset) if hasattr(dataset, '__len__') else 0
         self.items,self.mixing,self.epoch = None,None,Epoch()
         self.apart = False # do the processes keep the last gradients to themselves, within DDP's `no_sync`?
         self.step,self.plain = None,None # the step at hand, and that of plain training
@@ -284,7 +287,10 @@ class Fit:
         self.resume(seed)
         check_meta_dl(owner.meta_dl, learn.dls)
         n_inp,classes = getattr(learn.dls, 'n_inp', None),class_names(learn.dls)
+        if owner.calibrate: check_room(self.n_items or 0, len(classes), self.device)
+        if self.keys: n_inp = self.keys.n_inp
         self.trusted = TrustedBatches(self.find_meta_dl(), self.device, n_inp, classes, self.seed, owner.augment)
+        if self.keys: self.trusted.prepare = self.keys.without_keys
         if owner.lookahead == 'opt': check_lookahead(learn.opt, self.params)
         late = [k for k,p in self.params.items() if getattr(p, '_post_accumulate_grad_hooks', None)]
         if late: warn(
@@ -437,7 +443,8 @@ def explain_labels(self:Fit,
         with forked_random(self.device, 0): batch = next(iter(dls.train))
     except Exception: return # what is wrong with that loader is not what has to be explained
     if not isinstance(batch, (tuple, list)): return
-    n_inp = getattr(dls, 'n_inp', None) or max(len(batch) - 1, 1)
+    if self.keys: batch = self.keys.without_keys(batch)
+    n_inp = self.keys.n_inp(batch) if self.keys else getattr(dls, 'n_inp', None) or max(len(batch) - 1, 1)
     check_labels(targets, label_kind(plain_tensors(tuple(batch[n_inp:]))))
 
 @patch
@@ -470,32 +477,37 @@ def begin_epoch(self:Fit,
     self.trusted.begin(epoch)
     if self.items is not None: self.items.close()
     if self.mixing is not None: self.mixing.close()
-    self.items,self.mixing = BatchItems(self.learn.dls.train),Mixing(self.learn.cbs if self.owner.record else ())
+    self.items,self.mixing = self.keys or BatchItems(self.learn.dls.train),Mixing(self.learn.cbs if self.owner.record else ())
     fastai = isinstance(self.learn.dls.train, DataLoader) # of another loader, nobody expects that it tells its items
     if self.owner.record and self.items.why and fastai and not self.searching and not self.warned:
         self.warned = True
         warn(f'nothing will be known of single training items (item_weights, MetaInterpretation): {self.items.why}. '
             'Pass record=False if you do not need it.')
-    self.weigher.check_items(self.items.why)
+    self.weigher.check_items(self.keys.no_positions if self.keys else self.items.why)
 
 # %% ../nbs/10_fit.ipynb #313586b7
 @patch
 def meta_gradient_at(self:Fit,
     at, # Names of parameters, for where they are, or values by name
     step:Step, # The step, which gets the batch and its loss
+    counts:Callable|None=None, # What each trusted example counts, shape (m,), for the targets of a batch; default: all count 1
 )->Mapping: # By parameter name
     "The gradient on the next trusted batch, at parameters `at`; in several processes, it is on its way while other things are done."
+    zero = torch.zeros((), device=self.device)
     def share():
         with naming(self.describe_trusted):
             step.meta_batch,shares = self.next_trusted()
-            return meta_gradient(self.model, self.losses.trusted, step.meta_batch, at, self.autocast(), self.changing, shares)
-    def nothing(): return {k: torch.zeros_like(self.params[k]) for k in at},torch.zeros((), device=self.device)
-    gradient,loss = self.ranks.attempt(share, nothing)
+            if counts is not None: shares = counts(step.meta_batch[1])*(1/batch_size(step.meta_batch[0]) if shares is None else shares)
+            gradient,loss = meta_gradient(self.model, self.losses.trusted, step.meta_batch, at, self.autocast(), self.changing, shares)
+            return gradient,loss,zero if counts is None else shares.sum()
+    def nothing(): return {k: torch.zeros_like(self.params[k]) for k in at},zero,zero
+    gradient,loss,total = self.ranks.attempt(share, nothing)
     def note(found):
-        *gradients,step.meta_loss = found.values()
+        *gradients,loss,total = found.values()
+        step.meta_loss = loss if counts is None else loss/(total + (total == 0))
         self.epoch.add(meta_loss=step.meta_loss)
         return dict(zip(gradient, gradients))
-    return later(note, self.ranks.sum_later(gradient | {'': loss}))
+    return later(note, self.ranks.sum_later(gradient | {'': loss, ' ': total}))
 
 @patch
 def trusted_log_probs(self:Fit,
@@ -564,6 +576,9 @@ def before_pass(self:Fit):
     if self.step is not None: self.step.close()
     if self.with_gradient != [p.requires_grad for p in self.model.parameters()]: self.find_parameters() # another callback froze some
     step = self.step = self.new_step()
+    if not self.weigher.aligns:
+        step.underway.pull = self.weigher.pull(step, self)
+        return
     separate = self.engine.ready(self.model, self.params, torch.is_autocast_enabled(self.device.type), self.spread) == 'separate pass'
     if self.weigher.needs_losses and not separate and self.ranks.any(separate):
         self.engine.take('separate pass')
@@ -591,6 +606,7 @@ def after_loss(self:Fit):
         if step.weights is None: self.finish(step, found)
         w = step.weights if step.whole is None else step.weights[step.whole[0]]
         learn.loss_grad = self.ranks.size*step.scale*(w*step.losses).sum() # DDP divides by their number
+        if step.underway.pull is not None: learn.loss_grad = learn.loss_grad + step.scale*self.pulling(step.underway.pull)
         learn.loss = learn.loss_grad.clone()
         self.apart = self.ranks.size > 1 and not learn.model.require_backward_grad_sync
     except BaseException:
@@ -600,6 +616,14 @@ def after_loss(self:Fit):
     if self.owner.record: self.see(step)
     step.done = True
     step.close()
+
+@patch
+def pulling(self:Fit,
+    pull:Mapping, # A gradient, by parameter name, which is the same in all processes
+)->Tensor: # A single number
+    "Zero, with that gradient."
+    total = sum((self.params[k]*g).sum() for k,g in pull.items())
+    return total - total.detach()
 
 @patch
 def see(self:Fit,
@@ -612,10 +636,14 @@ def see(self:Fit,
 @patch
 def align(self:Fit,
     step:Step, # The step
-)->Aligned: # Its alignments
+)->Aligned: # Its alignments, `None` where the weigher needs none
     "Compute the alignments of a step whose losses are there."
     step.scale = loss_scale(step.losses, self.learn.loss_grad)
     now = step.underway
+    if not self.weigher.aligns:
+        losses = step.losses.detach()
+        self.check(step, losses if now.pull is None else losses + 0*sum(g.sum() for g in now.pull.values()), 'losses')
+        return Aligned(None, losses, route='')
     if now.direction is None: now.direction = self.weigher.direction(step, self)
     with naming(step.describe):
         found = self.engine.after_pass(now.own, now.aligned, step.losses, now.direction, self.is_as_taken(step))
@@ -659,20 +687,22 @@ def figures(self:Fit,
 @patch
 def check(self:Fit,
     step:Step, # The step
-    alignments:Tensor, # Shape (n,)
+    numbers:Tensor, # Shape (n,)
+    what:str='alignments', # What these are
 ):
     "Raise what is wrong with a step in this process, before others count on it."
     self.weigher.check_items(None if step.items is not None else step.why)
-    self.check_finite(step, alignments)
+    self.check_finite(step, numbers, what)
 
 @patch
 def check_finite(self:Fit,
     step:Step, # The step
-    alignments:Tensor, # Shape (n,)
+    numbers:Tensor, # Alignments or losses, shape (n,)
+    what:str='alignments', # What these are
 ):
-    """Raise `FloatingPointError` if an alignment is not finite, before the optimizer spreads that, and say where it comes from; in a
+    """Raise `FloatingPointError` if an alignment or a loss is not finite, before the optimizer spreads that, and say where it comes from; in a
     search for a learning rate, raise `CancelFitException`."""
-    if alignments.isfinite().all(): return
+    if numbers.isfinite().all(): return
     if step.underway.own is not None: step.underway.own.restore() # what is not finite by the pass does not explain it
     if self.searching: raise CancelFitException() # lr_find raises the learning rate until it has gone too far
     state = [k for k,t in self.model.state_dict().items() if isinstance(t, Tensor) and not all_finite(t)]
@@ -681,9 +711,9 @@ def check_finite(self:Fit,
         f'the training has diverged before batch {step.iter} of epoch {step.epoch}. A smaller learning rate or GradientClip may help.')
     for where,batch in ((self.describe_trusted, self.meta_batch), (step.describe, step.batch)):
         if bad := not_finite_items(batch): raise FloatingPointError(f'{where()} holds NaN or infinite values, in its item(s) {bad}')
-    bad = (~alignments.isfinite()).nonzero().flatten().tolist()
+    bad = (~numbers.isfinite()).nonzero().flatten().tolist()
     raise FloatingPointError(
-        f'{step.describe()}: the alignments of its item(s) {bad} with {self.describe_trusted()} are NaN or infinite, '
+        f'{step.describe()}: the {what} of its item(s) {bad} with {self.describe_trusted()} are NaN or infinite, '
         'although the model and both batches are finite. Does the loss, or a layer, overflow or divide by zero?')
 
 # %% ../nbs/10_fit.ipynb #7a18913e

@@ -7,6 +7,8 @@ __all__ = ['sharpness', 'true_classes', 'label_quality', 'check_labelled', 'Labe
            'CalibratedWeigher']
 
 # %% ../nbs/08a_quality.ipynb #7a8a7b8c
+from collections.abc import Mapping
+
 import pandas as pd, torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
@@ -28,7 +30,7 @@ def sharpness(
 def true_classes(
     log_likelihood:Tensor, # How well each class explains each item, as logarithms up to a number for each item, shape (n, n_classes)
     labels:Tensor, # Labels that may be wrong, whole numbers, shape (n,)
-    right:float=0.6, # Share of right labels that is assumed at first
+    right:float=0.8, # Share of right labels that is assumed at first
     strength:float=5., # Number of items that this counts as
     n_rounds:int=50, # Rounds of expectation maximisation
 )->Tensor: # Probability of each class to be the true one, shape (n, n_classes)
@@ -49,7 +51,7 @@ def true_classes(
 def label_quality(
     log_probs:Tensor, # Logarithms of the probabilities of the classes for each item, shape (n, n_classes)
     labels:Tensor, # Labels that may be wrong, whole numbers, shape (n,)
-    trusted_log_probs:Tensor, # The same for trusted examples, from which the model has not learned, shape (m, n_classes)
+    trusted_log_probs:Tensor, # The same for trusted examples, which the model has seen as often as the items, shape (m, n_classes)
     trusted_labels:Tensor, # Their labels, shape (m,)
 )->pd.DataFrame: # A row for each item: `label_quality`, the probability that its label is right, and `suggested`, the likeliest class
     "How likely each label is right; raises `ValueError` for shapes or labels that do not fit."
@@ -92,11 +94,13 @@ class LabelQuality:
         decay:float=0.5, # What a visit counts relative to the next one
     ):
         self.decay = decay
-        self.share = self.believed = None # the share of right labels, and how far weights go by the labels, once it is known
+        self.share = None # the share of right labels, once it is known
         self.log_probs,self.visits = torch.zeros(n_items, n_classes, device=device),torch.zeros(n_items, device=device)
         self.labels = torch.full((n_items,), -1, device=device)
         self.quality,self.suggested = torch.full((n_items,), torch.nan, device=device),self.labels.clone()
-        self.of_trusted = self.by_class = None # log-probabilities and labels of trusted examples, and class weights, of the last judgement
+        self.of_trusted = None # log-probabilities and labels of trusted examples, of the last judgement
+        self.by_class = self.trusted_by_class = None # what a right label counts, and what a trusted example does
+        self.taught = 0. # what trusted examples count together, of all
 
     def see(self,
         items:Tensor, # Positions of the items of a batch, shape (n,)
@@ -125,18 +129,22 @@ class LabelQuality:
         if not len(at): return
         self.quality[at],self.suggested[at] = _judged(said, self.labels[at], trusted_log_probs, trusted_labels)
         self.share,self.of_trusted = float(self.quality[at].mean()),(trusted_log_probs.cpu(), trusted_labels.cpu())
-        per_class = len(trusted_labels)/said.shape[1]
-        self.believed = 1 - (1 - self.share)*per_class/(per_class + 3)
-        sums = torch.zeros_like(said[0]).index_add(0, self.labels[at], self.quality[at])
-        self.by_class = 1/sums.clamp(min=1e-3) # so that right labels of each class count the same together
+        n_classes = said.shape[1]
+        def by_class(labels, numbers): return torch.zeros_like(said[0]).index_add(0, labels, numbers.to(said))
+        right,counts = by_class(self.labels[at], self.quality[at]),by_class(trusted_labels.to(said.device), torch.ones(len(trusted_labels)))
+        worth = counts/max(self.share, 0.05)**2
+        part = worth/(right + worth).clamp(min=1e-6)
+        self.by_class = (1 - part)/right.clamp(min=1e-3) # so that each class counts the same together
+        self.trusted_by_class = part/counts.clamp(min=1)*len(trusted_labels)/n_classes
+        self.taught = float(part.mean())
 
     def weights(self,
-        items:Tensor, # Positions of the items of a batch, shape (n,)
-    )->Tensor: # Shape (n,), zero for items of which nothing is known
-        "Weights in proportion to the probability that a label is right, with the same sum for each class."
+        items:Tensor, # Positions of the items of a batch that was seen, shape (n,)
+    )->Tensor: # Shape (n,)
+        "Weights in proportion to the probability that a label is right, as far as trusted examples leave something to the items of a class."
         items = items.to(self.labels.device)
-        known = ~self.quality[items].isnan()
-        return torch.where(known, self.quality[items].nan_to_num()*self.by_class[self.labels[items].clamp(min=0)], 0)
+        quality,labels = self.quality[items].nan_to_num(self.share),self.labels[items] # one that is new is as likely right as all are
+        return torch.where(labels >= 0, quality*self.by_class[labels.clamp(min=0)], 0)
 
     def table(self)->pd.DataFrame: # By position: `label_quality` and `suggested`
         "What is known of the items that were judged."
@@ -160,7 +168,8 @@ class LabelQuality:
     def state(self)->dict: # For `load`
         "All of it, for a checkpoint."
         kept = {o: getattr(self, o) for o in self.names}
-        judged = {} if self.share is None else dict(share=self.share, believed=self.believed, by_class=self.by_class)
+        judged = 'share','by_class','trusted_by_class','taught'
+        judged = {} if self.share is None else {o: getattr(self, o) for o in judged}
         return kept | judged
 
     def load(self,
@@ -191,8 +200,13 @@ def _in_short(o):
     return type(o).__name__
 
 class CalibratedWeigher(AlignmentWeigher):
-    "Weights by how likely each label is right, as far as labels are right, and by alignment with trusted examples for the rest."
+    "Weights by how likely each label is right, beside trusted examples that are learned from; half by alignment until labels are judged."
     quality = None # `LabelQuality`, from the first step on
+    @property
+    def aligns(self)->bool: # Are they?
+        "Are alignments needed, since nothing is known of the labels?"
+        return self.quality is None or self.quality.share is None
+
     def check_items(self,
         why:str|None, # Why it is not known which items are in a batch; `None` if it is
     ):
@@ -200,8 +214,19 @@ class CalibratedWeigher(AlignmentWeigher):
         super().check_items(why)
         if why: raise ValueError(f'calibrate=True needs to know which items are in a batch, and {why}. Or use calibrate=False')
 
+    def pull(self,
+        step, # The step
+        fit, # The fit, with `params` and `meta_gradient_at`
+    )->Mapping: # By parameter name
+        "What the trusted examples add to the gradient of the step."
+        def counts(targets): return self.quality.trusted_by_class[targets[0].flatten().long()]
+        gradient = fit.meta_gradient_at(list(fit.params), step, counts) if self.n % self.every == 0 else self.gradient
+        self.n += 1
+        self.gradient = gradient if self.every > 1 else None
+        return gradient
+
     def weights(self,
-        alignments:Tensor, # Shape (n,)
+        alignments:Tensor|None, # Shape (n,); `None` once labels are judged
         step, # The step, with `output`, `items`, `n_items` and `ranks`
         fit, # The fit, with `normalise`, `losses` and the `Learner`
     )->Tensor: # Shape (n,), summing to at most one over all processes
@@ -211,11 +236,10 @@ class CalibratedWeigher(AlignmentWeigher):
             'calibrate=True asks whether the label of an item is right, and MixUp or CutMix gives items two labels: use one of them only')
         output,targets = step.output,plain_tensors(tuple(fit.learn.yb))
         check_has_classes(output, targets)
-        by_alignment = super().weights(alignments, step, fit)
-        if self.quality is None: self.quality = LabelQuality(step.n_items, output.shape[1], alignments.device)
+        if self.quality is None: self.quality = LabelQuality(step.n_items, output.shape[1], output.device)
         step.ranks.on_whole(self.quality.see, step.items, output, targets[0].flatten())
-        if (share := self.quality.believed) is None: return by_alignment
-        return share*fit.normalise(self.quality.weights(step.items)).to(by_alignment) + (1 - share)*by_alignment
+        if alignments is None: return (1 - self.quality.taught)*fit.normalise(self.quality.weights(step.items))
+        return (super().weights(alignments, step, fit) + 1/(len(alignments)*step.n_processes))/2
 
     def end_epoch(self,
         fit, # The fit, with `trusted_log_probs`

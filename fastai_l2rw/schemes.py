@@ -68,7 +68,7 @@ def weighted_sampler(
     labels = _class_labels(dls)
     counts = Counter(labels)
     sampled = copy(dls)
-    cls = TabWeightedDL if isinstance(dl, TabDataLoader) else WeightedDL
+    cls = TabWeightedDL if isinstance(dl, TabDataLoader) else getattr(dl, 'weighted_cls', WeightedDL) # a loader may bring its own
     sampled.loaders = [dl.new(cls=cls, wgts=np.array([1/counts[o] for o in labels])), *dls.loaders[1:]]
     return sampled
 

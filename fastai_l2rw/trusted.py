@@ -7,8 +7,8 @@ __all__ = ['describe_loader', 'describe_batch', 'plain_tensors', 'class_names', 
            'check_labels', 'how_to_third', 'TrustedBatches', 'disagreements', 'DoubtedLabels']
 
 # %% ../nbs/06_trusted.ipynb #9bbe0b38
-import random, reprlib, zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import random, reprlib, warnings, zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from os import PathLike
 
@@ -132,6 +132,7 @@ def _dataset(dl): return getattr(dl, 'dataset', None)
 
 def _reads_all(dl):
     "Is it known that `dl` reads all items of its data set?"
+    if isinstance(dl.dataset, torch.utils.data.IterableDataset): return True # or as much of a stream as the training
     n = _length(dl.dataset)
     if isinstance(dl, DataLoader): # `get_idxs` says which items are read
         own = getattr(dl.get_idxs, '__module__', None) or ''
@@ -376,6 +377,7 @@ def _split_batch(b, n_inp=None):
     "Inputs and labels of what a loader gave; raises `ValueError` or `TypeError` if these are not what it gave."
     if isinstance(b, Mapping): raise TypeError(f'a batch of meta_dl is a dict, {_shapes(b)}, but must be a tuple of inputs and labels: '
         'give its loader a function that makes one, as collate_fn (PyTorch) or after_batch (fastai)')
+    if callable(n_inp): n_inp = n_inp(b)
     n_inp = n_inp or (max(len(b) - 1, 1) if isinstance(b, (tuple, list)) else 1) # all but the last, as the Learner has it
     if not isinstance(b, (tuple, list)) or len(b) <= n_inp:
         raise ValueError(f'a batch of meta_dl must be a tuple of {n_inp} input{"s"*(n_inp > 1)} and then the labels, but is {_shapes(b)}: '
@@ -399,7 +401,7 @@ class TrustedBatches:
     def __init__(self,
         dl:DataLoader|torch.utils.data.DataLoader|Iterable, # Loader of labelled batches, as `check_meta_dl` lets it through
         device:torch.device, # Where the batches go
-        n_inp:int|None=None, # How many elements of a batch are inputs; default: all but the last
+        n_inp:int|Callable|None=None, # How many elements of a batch are inputs, or a function of it; default: all but the last
         classes:Sequence=(), # Names of the classes, by label
         seed:int=0, # Seed of the order and of random transforms
         augment:bool=False, # Apply the batch transforms of training, if `dl` is one of fastai's that does not draw by weights?
@@ -407,6 +409,7 @@ class TrustedBatches:
     ):
         self.dl,self.device,self.n_inp,self.seed,self.augment,self.like = dl,device,n_inp,seed,augment,like
         self.can_begin = True # can it begin a new order?
+        self.prepare = None # a function of each batch, before it is split into inputs and labels
         self.cache = _ItemCache(device)
         self.label_map = label_map(dl, classes) if len(classes) else None
         if self.label_map is not None: warn(f'meta_dl has the classes {_first(class_names(dl), 10)}, '
@@ -441,6 +444,7 @@ class TrustedBatches:
         self.n_read += 1
         with self._forked(): passed,b = next(self.batches)
         self.passed = passed # is the first pass over with it?
+        if self.prepare and isinstance(b, (tuple, list)): b = self.prepare(b)
         xb,yb = plain_tensors(to_device(_split_batch(b, self.n_inp), self.device))
         if self.like is not None: check_labels(yb, self.like)
         if self.label_map is not None: yb = self._mapped(yb)

@@ -157,6 +157,7 @@ def transforms_for(
 class AlignmentWeigher:
     "Weights in proportion to positive alignments with the gradient on a trusted batch (Ren et al. 2018, Algorithm 1)."
     needs_losses = False # must the losses of the batch be known before the direction?
+    aligns = True # does it need alignments, in the steps to come?
     def __init__(self,
         transforms:list=(), # Applied to the alignments one after the other
         every:int=1, # Number of steps for which the gradient on a trusted batch is used
@@ -211,7 +212,7 @@ class AlignmentWeigher:
 # %% ../nbs/08_weighers.ipynb #ef59d9d5
 class LossWeigher:
     "Weights as a function of the loss, which is learned on trusted examples (Meta-Weight-Net, Shu et al. 2019, Algorithm 1)."
-    needs_losses = True
+    needs_losses = aligns = True
     def __init__(self,
         hidden:int=100, # Number of hidden units of the weight net
         lr:float=1e-3, # Its learning rate, for AdamW

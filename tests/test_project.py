@@ -33,7 +33,7 @@ def test_a_star_brings_what_users_need():
     brought = {}
     exec('from fastai_l2rw.all import *', brought)
     del brought['__builtins__']
-    assert set(brought) == set("""MetaReweightCallback MetaWeightNetCallback weighting_scheme schemes_table weighted_sampler
+    assert set(brought) == set("""MetaReweightCallback MetaWeightNetCallback ItemKeys weighting_scheme schemes_table weighted_sampler
         example_weights meta_gradient alignment unrolled_weights MetaCandidates hold_out_meta MetaSplitter PartSplitter
         MetaInterpretation BalancedAccuracy ClassRecall show_distribution
         imbalance label_noise cifar10_dls ham10000_dls isic2018_test_dl submission verify""".split())

@@ -191,6 +191,13 @@ def test_classes_of_pytorch_loaders():
     assert class_counts(dls).tolist() == [6, 5, 5]
     with pytest.raises(TypeError, match='dls.train is a DataLoader, but must be a loader of fastai'): weighted_sampler(dls)
 
+def test_a_loader_that_brings_its_own_weighted_one_keeps_its_way_to_make_batches():
+    from fastai_l2rw.data.cifar10 import DecodedDL, WeightedDecodedDL
+    items = [(torch.tensor([float(i)]), torch.tensor(int(i < 5))) for i in range(50)]
+    dls = DataLoaders(DecodedDL(items, bs=10, shuffle=True), DecodedDL(items, bs=10))
+    sampled = weighted_sampler(dls).train
+    assert type(sampled) is WeightedDecodedDL and sampled.bs == 10 and sampled.wgts[:5].sum() == pytest.approx(0.5)
+
 @pytest.mark.parametrize('y', [torch.randn(16, 2), torch.randn(16), -torch.arange(16)])
 def test_what_has_no_single_label(y):
     dls = DataLoaders(tensors(torch.randn(16, 3), y), tensors(torch.randn(16, 3), y))

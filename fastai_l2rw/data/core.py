@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MethodType
 
 import numpy as np, pandas as pd, torch
-from fastai.data.core import DataLoaders, Datasets
+from fastai.data.core import DataLoaders, Datasets, Pipeline
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Categorize
 from fastai.tabular.core import TabularPandas
@@ -49,19 +49,27 @@ def item_values(
         raise ValueError(f'{name} must have a value for each of the {len(items)} items, '
             f'and has {len(values) if hasattr(values, "__len__") else values!r}')
     scalar = lambda o: o.item() if isinstance(o, (np.generic, torch.Tensor)) and np.prod(o.shape) == 1 else o
-    values = pd.Series([scalar(o) for o in values], dtype=None if len(values) else object)
+    if isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in 'biuf': values = pd.Series(values)
+    else: values = pd.Series([scalar(o) for o in values], dtype=None if len(values) else object)
     missing = np.flatnonzero(values.isna())
     if len(missing): raise ValueError(f'{name} has no value for {len(missing)} of {len(items)} items, at positions {listed(missing)}')
-    odd = [o for o in values if isinstance(o, (torch.Tensor, np.ndarray, list, set, dict))]
+    odd = [o for o in values if isinstance(o, (torch.Tensor, np.ndarray, list, set, dict))] if values.dtype == object else []
     if odd: raise ValueError(f'{name} must give one value per item, not a {type(odd[0]).__name__} such as {odd[0]}')
     return values.to_numpy()
 
 # %% ../../nbs/20_data.core.ipynb #d46a2903
 def _classes(labels):
     "The different labels, sorted as fastai sorts its vocab where that can be."
+    if isinstance(labels, np.ndarray): labels = pd.unique(labels)
     found = {o.item() if isinstance(o, np.generic) else o for o in labels}
     try: return sorted(found)
     except TypeError: return sorted(found, key=str)
+
+def _split_by(values):
+    "Positions of each of the different values, in one pass over all of them."
+    codes,found = pd.factorize(values)
+    parts = np.split(np.argsort(codes, kind='stable'), np.cumsum(np.bincount(codes, minlength=len(found)))[:-1])
+    return dict(zip([o.item() if isinstance(o, np.generic) else o for o in found], parts))
 
 def _ordering(items):
     "Positions of the items in an order that a file system has no influence on: paths by name, all others as they come."
@@ -228,21 +236,16 @@ def _draw(labels, k, among, groups=None, seed=0, ordering=None, name='per_class'
     rng = np.random.default_rng(seed)
     among = rng.permutation(ordering[np.isin(ordering, among)])
     y,group = labels[among],pd.factorize(among if groups is None else groups[among])[0] # groups are numbered in random order
-    by_class = {c: np.flatnonzero(y == c) for c in _classes(y)}
+    by_class = _split_by(y)
+    by_class = {c: by_class[c] for c in _classes(y)}
     few = [f'{len(o)} of {c!r}' for c,o in by_class.items() if len(o) <= k]
     if few or not by_class:
         raise ValueError(f'{name}={k} takes {k} items of each class and must leave at least one to train on, '
             f'but in the {part} there are only {listed(few, 20) or "0 items"}')
     size,held,drawn = np.bincount(group),np.zeros(len(among), bool),[]
     for c,items in sorted(by_class.items(), key=lambda o: len(np.unique(group[o[1]]))): # rare first
-        members = pd.Series(items).groupby(group[items]).agg(list)
-        own = np.array(members.index)
-        own = own[np.lexsort((own, size[own], ~held[own]))] # those that are held out already, then small ones
-        if len(own) > k: options = [{g: members[g][:1] for g in own[:k]}]
-        else: options = [o for o in (_fill(members, own, k), _fill(members, own[::-1], k)) if len(o) < len(own)]
-        if not options: raise ValueError(f"{name}={k} can't be had of class {c!r}: its {len(items)} items in the {part} are in {len(own)} "
-            f'group{"s"[:len(own) > 1]}, a group is held out whole, and none would be left to train on')
-        chosen = min(options, key=lambda o: size[[g for g in o if not held[g]]].sum())
+        if groups is None: chosen = {i: [i] for i in items[:k].tolist()} # each is a group by itself
+        else: chosen = _choose_groups(c, items, group, size, held, k, name, part)
         held[list(chosen)] = True
         drawn += [i for o in chosen.values() for i in o]
     lost = [c for c,items in by_class.items() if held[group[items]].all()]
@@ -252,12 +255,26 @@ def _draw(labels, k, among, groups=None, seed=0, ordering=None, name='per_class'
     place = np.argsort(ordering) # back to an order that does not depend on the seed
     return [sorted(among[o].tolist(), key=lambda i: place[i]) for o in (drawn, held[group] & ~drawn)]
 
+def _choose_groups(c, items, group, size, held, k, name, part):
+    "Items of a class by group, so that few others are held out with them; raises `ValueError` if none would be left."
+    by_group = items[np.argsort(group[items], kind='stable')]
+    own,starts = np.unique(group[by_group], return_index=True)
+    ends = dict(zip(own.tolist(), zip(starts, [*starts[1:], len(by_group)])))
+    def members(g): return by_group[slice(*ends[g])].tolist()
+    own = own[np.lexsort((own, size[own], ~held[own]))] # those that are held out already, then small ones
+    if len(own) > k: options = [{g: members(g)[:1] for g in own[:k].tolist()}]
+    else: options = [o for o in (_fill(members, own.tolist(), k), _fill(members, own[::-1].tolist(), k)) if len(o) < len(own)]
+    if not options: raise ValueError(f"{name}={k} can't be had of class {c!r}: its {len(items)} items in the {part} are in {len(own)} "
+        f'group{"s"[:len(own) > 1]}, a group is held out whole, and none would be left to train on')
+    return min(options, key=lambda o: size[[g for g in o if not held[g]]].sum())
+
 def _fill(members, groups, k):
     "Up to `k` items, all that a group has before the next group is touched."
     chosen,n = {},0
     for g in groups:
-        if n < k: chosen[g] = members[g][:k - n]
-        n += len(members[g])
+        if n >= k: break
+        chosen[g] = members(g)[:k - n]
+        n += len(chosen[g])
     return chosen
 
 # %% ../../nbs/20_data.core.ipynb #f8390e3d
@@ -449,11 +466,23 @@ def item_labels(
     "The labels of a dataset, found without reading the inputs; raises `ValueError` if the items don't have one class label each."
     vocab = label_vocab(ds)
     if isinstance(ds, TabularPandas): ys = ds.items[ds.y_names[0]].tolist()
-    elif isinstance(ds, Datasets): ys = list(ds.tls[-1])
+    elif isinstance(ds, Datasets):
+        if (named := _named_labels(ds.tls[-1])) is not None: return named
+        ys = list(ds.tls[-1])
     else: ys = [ds[i][-1] for i in range(len(ds))]
     labels = item_values(ys, ys, 'the target of dls.train')
     if vocab is None and labels.dtype.kind == 'f': raise ValueError('get_y is needed: the targets of the data are numbers and not classes')
     return labels if vocab is None else np.array([vocab[int(i)] for i in labels], dtype=object)
+
+def _named_labels(tl):
+    "Labels of `TfmdLists` by name where a `Categorize` comes last, without making them numbers and names again, which takes long."
+    if not len(tl.tfms.fs) or type(tl.tfms.fs[-1]) is not Categorize: return
+    vocab,named = tl.tfms.fs[-1].vocab,Pipeline(list(tl.tfms.fs[:-1]), split_idx=tl.tfms.split_idx)
+    try: labels = item_values(range(len(tl)), [named(L.__getitem__(tl, i)) for i in range(len(tl))])
+    except ValueError: return
+    codes,found = pd.factorize(labels)
+    if not hasattr(vocab, 'o2i') or any(o not in vocab.o2i for o in found): return
+    return np.array([vocab[vocab.o2i[o]] for o in found], dtype=object)[codes]
 
 def _subset(ds, positions, split_idx):
     "The items of a dataset at `positions`."
@@ -673,7 +702,8 @@ def imbalance(
     labels = item_values(labels, labels, 'labels')
     among = _positions(among, len(labels))
     classes = _classes(labels[among])
-    by_class = [among[labels[among] == c] for c in classes]
+    by_class = _split_by(labels[among])
+    by_class = [among[by_class[c]] for c in classes]
     have,n = np.array([len(o) for o in by_class]),len(classes)
     if n < 2: raise ValueError(f'labels must have two classes or more, and there is only {listed(classes) or "none"}')
     if dominant is not None and kind != 'dominance': raise ValueError(f'dominant={dominant!r} goes with dominance, not with {kind}')
