@@ -268,7 +268,8 @@ class Fit:
         self.losses = LearnerLosses(learn)
         synced = ranks.size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in self.model.modules())
         replicated = isinstance(learn.model, nn.DataParallel) and learn.model.device_ids
-        self.spread = bool(synced or replicated) # does the Learner's pass depend on what other devices have?
+        static = getattr(learn.model, 'static_graph', False) # then DDP takes the first backward pass through the graph for the Learner's
+        self.spread = bool(synced or replicated or static) # are others waiting for what the Learner's pass does?
         dataset = getattr(learn.dls.train, 'dataset', None)
         self.keys = next((cb for cb in learn.cbs if isinstance(cb, ItemKeys)), None) # what tells the items of a stream
         self.n_items = self.keys.n_items if self.keys else len(dataset) if hasattr(dataset, '__len__') else 0

@@ -27,9 +27,10 @@ def relative(a, b): return float((a - b).double().norm()/a.double().norm())
 def same(one, several):
     "Weights to 1e-5, parameters and what the ledger has to 1e-4 of their size."
     torch.testing.assert_close(several['weights'], one['weights'], rtol=0, atol=1e-5)
-    assert one['weights'].std() > 1e-4 and several['routes'] == one['routes']
+    assert one['weights'].std() > 1e-4
     assert several['parameters'].isfinite().all() and relative(one['parameters'], several['parameters']) < 1e-4
-    for k in ('figures', 'item_weights', 'evidence', 'net', 'quality'):
+    if 'net' in one: assert relative(one['net'], several['net']) < 1e-3 # of its optimizer, which divides by the gradient's size
+    for k in ('figures', 'item_weights', 'evidence', 'quality'):
         if k in one: torch.testing.assert_close(several[k], one[k], rtol=1e-4, atol=1e-5, equal_nan=True)
 
 EVERYWHERE = ['MLP', 'MLP, accumulated', 'MLP, accumulated without sync', 'ResNet-18 with group norm', 'ResNet-18 with frozen batch norm', 'transformer',
@@ -45,6 +46,9 @@ def test_one_two_and_four_processes(found, case):
     'opt, accumulated without sync', 'class weights', 'calibrate', 'Meta-Weight-Net', 'Meta-Weight-Net, separate pass', 'Meta-Weight-Net, class weights'])
 def test_options_in_two_processes(found, case):
     for cases in found[2]: same(found[1][0][case], cases[case])
+    first,second = [cases[case] for cases in found[2]]
+    assert first['routes'] == second['routes'] == found[1][0][case]['routes']
+    for k in ('net', 'quality'): assert k not in first or torch.equal(first[k], second[k]), 'nothing drifts apart'
 
 @pytest.mark.parametrize('case', ['unused parameters are looked for', 'static graph'])
 def test_other_kinds_of_ddp(found, case):
