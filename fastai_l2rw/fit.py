@@ -266,10 +266,10 @@ class Fit:
         self.model = learn.model.module if isinstance(learn.model, parallel) else learn.model
         self.device = one_param(learn.model).device
         self.losses = LearnerLosses(learn)
-        synced = ranks.size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in self.model.modules())
+        self.synced = ranks.size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in self.model.modules())
         replicated = isinstance(learn.model, nn.DataParallel) and learn.model.device_ids
         static = getattr(learn.model, 'static_graph', False) # then DDP takes the first backward pass through the graph for the Learner's
-        self.spread = bool(synced or replicated or static) # are others waiting for what the Learner's pass does?
+        self.spread = bool(self.synced or replicated or static) # are others waiting for what the Learner's pass does?
         dataset = getattr(learn.dls.train, 'dataset', None)
         self.keys = next((cb for cb in learn.cbs if isinstance(cb, ItemKeys)), None) # what tells the items of a stream
         self.n_items = self.keys.n_items if self.keys else len(dataset) if hasattr(dataset, '__len__') else 0
@@ -495,9 +495,10 @@ def meta_gradient_at(self:Fit,
 )->Mapping: # By parameter name
     "The gradient on the next trusted batch, at parameters `at`; in several processes, it is on its way while other things are done."
     zero = torch.zeros((), device=self.device)
+    batch = self.next_in_step(step) if self.synced else None
     def share():
         with naming(self.describe_trusted):
-            step.meta_batch,shares = self.next_trusted()
+            step.meta_batch,shares = batch or self.next_trusted()
             if counts is not None: shares = counts(step.meta_batch[1])*(1/batch_size(step.meta_batch[0]) if shares is None else shares)
             gradient,loss = meta_gradient(self.model, self.losses.trusted, step.meta_batch, at, self.autocast(), self.changing, shares)
             return gradient,loss,zero if counts is None else shares.sum()
@@ -528,6 +529,13 @@ def trusted_log_probs(self:Fit,
             said.append(torch.stack([o.float().log_softmax(1) for o in outputs]).mean(0)[counts])
             labels.append(batch[1][0].flatten().long()[counts])
     return tuple(self.ranks.gather(torch.cat(said), torch.cat(labels)))
+
+@patch
+def next_in_step(self:Fit,
+    step:Step, # The step
+)->tuple: # As `next_trusted`
+    "The next trusted batch, where all processes must have theirs before one of them goes on."
+    with self.ranks.meeting(step.n), naming(self.describe_trusted): return self.next_trusted()
 
 @patch
 def weighted_gradient_of(self:Fit,

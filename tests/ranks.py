@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader as TorchLoader, TensorDataset
 
 from fastai_l2rw.all import MetaReweightCallback, MetaWeightNetCallback
+from fastai_l2rw.ranks import synced_batch_norm
 
 torch.set_num_threads(1)
 rank,size = 0,1
@@ -27,6 +28,7 @@ def broadcast(self, t, rank):
     torch.distributed.broadcast(t, rank)
     return t.tolist()
 DistributedDL._broadcast = broadcast
+nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda self, module: None # it refuses SyncBatchNorm on a CPU
 
 # ---- data, models and loaders
 
@@ -54,6 +56,11 @@ def resnet(norm):
     model.fc = nn.Linear(128, 4)
     return model.double() # in float32, a unit at the kink of its ReLU comes out on the other side by rounding, every few steps
 def group_norm(): return resnet(partial(nn.GroupNorm, 4))
+class Synced(nn.SyncBatchNorm):
+    "PyTorch's own is for GPUs only; this takes our computation for the Learner's pass, too."
+    def forward(self, x): return synced_batch_norm(self, x)
+def batch_norm(): return nn.Sequential(nn.Linear(6, 16), Synced(16), nn.Tanh(), nn.Linear(16, 16), Synced(16), nn.ReLU(), nn.Linear(16, 4))
+
 class Words(nn.Module):
     def __init__(self):
         super().__init__()
@@ -70,7 +77,7 @@ def frozen_batch_norm():
         if isinstance(m, nn.BatchNorm2d): m.requires_grad_(False)
     return model
 
-SHAPES = {mlp: (6,), Words: (5, 6), group_norm: (3, 16, 16), frozen_batch_norm: (3, 16, 16)}
+SHAPES = {mlp: (6,), batch_norm: (6,), Words: (5, 6), group_norm: (3, 16, 16), frozen_batch_norm: (3, 16, 16)}
 
 # ---- callbacks
 
@@ -165,6 +172,7 @@ EVERYWHERE = { # in one, two and four processes
     'ResNet-18 with group norm': lambda: trained(group_norm, bs=8, lr=0.01),
     'ResNet-18 with frozen batch norm': lambda: trained(frozen_batch_norm, cbs=lambda: [BnFreeze()], bs=8, lr=0.01),
     'transformer': lambda: trained(Words),
+    'synchronised batch norm': lambda: trained(batch_norm, epochs=1),
     'fewer trusted examples than processes': lambda: trained(mlp, m=3, meta_bs=2),
     'a process with zeros only': lambda: trained(mlp, zeros),
     'uneven parts': lambda: uneven(),

@@ -33,7 +33,7 @@ def same(one, several):
     for k in ('figures', 'item_weights', 'evidence', 'quality'):
         if k in one: torch.testing.assert_close(several[k], one[k], rtol=1e-4, atol=1e-5, equal_nan=True)
 
-EVERYWHERE = ['MLP', 'MLP, accumulated', 'MLP, accumulated without sync', 'ResNet-18 with group norm', 'ResNet-18 with frozen batch norm', 'transformer',
+EVERYWHERE = ['MLP', 'MLP, accumulated', 'MLP, accumulated without sync', 'ResNet-18 with group norm', 'ResNet-18 with frozen batch norm', 'transformer', 'synchronised batch norm',
     'fewer trusted examples than processes', 'a process with zeros only', 'uneven parts', 'resumed']
 
 @pytest.mark.parametrize('case', EVERYWHERE)
