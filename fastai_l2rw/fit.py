@@ -33,7 +33,7 @@ from .ledger import BatchItems, ItemKeys, Ledger, Mixing, check_room, evidence_o
 from .lookahead import OptimizerStep, SGDStep, bare_optimizer, check_lookahead
 from .losses import LearnerLosses, LossNotPerItem, loss_scale
 from .quality import check_has_classes
-from .ranks import Ranks, alone, later, warn
+from .ranks import Ranks, alone, check_not_sharded, later, warn
 from .reweight import effective_sample_size, meta_gradient, normalise, weighted_gradient
 from .trusted import TrustedBatches, check_labels, check_meta_dl, class_names, describe_batch, how_to_third, label_kind
 from .trusted import plain_tensors
@@ -264,6 +264,7 @@ class Fit:
         self.searching = hasattr(learn, 'lr_finder') # is this no real training?
         parallel = nn.DataParallel,nn.parallel.DistributedDataParallel
         self.model = learn.model.module if isinstance(learn.model, parallel) else learn.model
+        check_not_sharded(self.model)
         self.device = one_param(learn.model).device
         self.losses = LearnerLosses(learn)
         self.synced = ranks.size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in self.model.modules())

@@ -14,6 +14,8 @@ from fastai.optimizer import SGD
 from accelerate import DistributedDataParallelKwargs
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader as TorchLoader, TensorDataset
 
 from fastai_l2rw.all import MetaReweightCallback, MetaWeightNetCallback
@@ -323,7 +325,16 @@ def volume(model=lambda: torchvision.models.resnet18(num_classes=4, norm_layer=p
     with Counted() as counted, learn.no_bar(), learn.no_logging(), context(learn): learn.fit(1, 0.01, cbs=Callback(before_train=register))
     return dict(ddp=sum(ddp)/n_steps, ours=(counted.bytes - sum(ddp))/n_steps)
 
+def sharded():
+    "What is said of a model of which each process keeps a part."
+    learn,_ = learner(mlp, MetaReweightCallback)
+    fully_shard(learn.model, mesh=init_device_mesh('cpu', (size,)))
+    with learn.no_bar(), learn.no_logging(): learn.validate() # can be done
+    try: learn.fit(1)
+    except ValueError as e: return dict(said=str(e))
+
 TWO = { # in two
+    'sharded': sharded,
     'NaN': lambda: fails('nan'),
     'broken data': lambda: fails('data'),
     'broken at once': lambda: fails('at once'),

@@ -78,6 +78,9 @@ def test_trusted_batches_differ_by_process(found):
     first,second = [cases['shares']['seen'] for cases in found[2]]
     assert not any((a == b).all() for x,y in zip(first, second) for a in x for b in y)
 
+def test_a_sharded_model_is_refused(found):
+    for cases in found[2]: assert 'the model is sharded over processes (FSDPModule)' in cases['sharded']['said'] and 'distrib_ctx' in cases['sharded']['said']
+
 def test_bytes_of_a_step(found):
     "At most 1.05 times those of plain DDP, or 0.05 times for the head."
     whole,head = [found[2][0][o] for o in ('bytes', 'bytes, head')]
