@@ -23,8 +23,10 @@ from fastai_l2rw.all import MetaReweightCallback
 torch.set_num_threads(1)
 models = torchvision.models
 MODELS = { # a model, the name of its head, and seconds of a plain step with 64 images on one GPU, an assumption
-    'ResNet-18': (lambda: models.resnet18(), 'fc', 0.03), 'ResNet-50': (lambda: models.resnet50(), 'fc', 0.08),
-    'ViT-B': (lambda: models.vit_b_16(image_size=32), 'heads', 0.2)}
+    'ResNet-18': (lambda: models.resnet18(num_classes=10), 'fc', 0.03),
+    'ResNet-50': (lambda: models.resnet50(num_classes=10), 'fc', 0.08),
+    'ResNet-50 with 1000 classes': (lambda: models.resnet50(), 'fc', 0.08),
+    'ViT-B': (lambda: models.vit_b_16(image_size=32, num_classes=10), 'heads', 0.2)}
 OPTIONS = {'plain': None, 'full look-ahead': dict(), 'every=4': dict(every=4), 'head': dict(params='head')}
 
 def head(name, model): return getattr(model, name).parameters()
@@ -120,8 +122,9 @@ def step_seconds(
     if not own: return forward + plain
     trusted = ratio*(forward if head else seconds)/every # of a head, the backward pass is nothing
     tangents = 0 if head else 2*seconds/3
+    sent = (hidden(forward, ring(ours)) + (every - 1)*forward)/every # every k-th step sends
     small = n_messages*2*np.log2(n)*latency if n > 1 else 0.
-    return trusted + hidden(forward, ring(ours)/every) + tangents + small + plain
+    return trusted + sent + tangents + small + plain
 
 def measured(models, steps):
     "Rows of the first table, and the bytes by model and option."
@@ -192,11 +195,12 @@ that a process hands to a sum over all; a ring of R processes sends 2(R-1)/R tim
 
 No GPU was at hand: this is arithmetic. A plain step of 64 images takes {MODELS['ResNet-50'][2]} s (ResNet-50) or {MODELS['ViT-B'][2]} s (ViT-B) on one GPU, an
 assumption, of which the forward pass is a third. c is the time of a sum of all gradients, 2(R-1)/R × bytes × 8 / bandwidth, and L = 4 small
-messages × 2 log2(R) × 30 µs. There are half as many trusted images as training images (m/n = 0.5). Then a step takes
+messages × 2 log2(R) × 30 µs. There are half as many trusted images as training images (m/n = 0.5) on each GPU; a trusted batch that does not
+grow with the number of GPUs costs less. Then a step takes
 
 - plain: t/3 + max(2t/3, c), as DDP sends while it goes backward;
-- weighted: (m/n) t / k + max(t/3, c/k) + 2t/3 + max(2t/3, c) + L with `every=k`: the trusted gradient, the Learner's forward pass while that
-  gradient is sent, the tangents, the backward pass;
+- weighted: (m/n) t + max(t/3, c) + 2t/3 + max(2t/3, c) + L: the trusted gradient, the Learner's forward pass while that gradient is sent, the
+  tangents, the backward pass. With `every=k`, the first two are so in one step of k; in the others they are t/3;
 - along the head: (m/n) t/3 + max(t/3, c_head) + max(2t/3, c) + L.
 
 *Efficiency* is the time of a step on one GPU over that on R, with 64 images on each.
