@@ -420,3 +420,20 @@ def test_a_draw_does_not_depend_on_how_classes_are_found():
     alone,groups = drawn(),drawn(groups=items)
     assert list(alone) == list(groups) and len(alone) == 120
     assert pd.Series(labels[list(alone)]).value_counts().eq(3).all()
+
+def test_a_fit_with_a_compact_ledger_is_resumed(tmp_path):
+    place = {i: k for k,i in enumerate(parts[0])}
+    def learner():
+        learn = make(key=lambda i: place.get(i, 0), n_items=len(place))
+        learn.path,learn.item_ledger.compact = tmp_path,True
+        return learn
+    learn,other = learner(),learner()
+    learn.fit(2)
+    learn.save('compact')
+    other.load('compact', with_opt=True)
+    other.fit(3, start_epoch=2)
+    assert learn.item_ledger.ledger.compact and other.item_ledger.ledger.compact
+    assert set(other.meta_reweight.item_weights().steps) == set(other.meta_reweight.item_evidence().visits) == {3}
+    log = pd.DataFrame(learn.spy.log + other.spy.log, columns=['item', 'weight', 'label'])
+    want = log.assign(item=log.item.astype(int)).groupby('item').weight.mean()
+    np.testing.assert_allclose(other.meta_reweight.item_weights().weight, want, rtol=1e-4, atol=1e-6)
