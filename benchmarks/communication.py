@@ -1,8 +1,9 @@
 """What several processes send each other in a step, and what that would cost on 1 to 64 GPUs.
 
-The bytes are counted: two processes on this machine train by DistributedDataParallel, a hook tells how much that sends, and what the callback
-hands to `torch.distributed` is added up. The time on GPUs is an estimate by the formula in the table's head, from these bytes and from times
-of a plain step that are assumed, not measured. The formula is compared with what two processes here take. From the repository root:
+The bytes are counted: two processes on this machine train by DistributedDataParallel, a hook tells how much that sends, and what the
+callback hands to `torch.distributed` is added up. The time on GPUs is an estimate by the formula above the table, from these bytes and
+from times of a plain step that are assumed, not measured. The formula is compared with what two processes here take. From the
+repository root:
 
     python benchmarks/communication.py
 """
@@ -134,7 +135,8 @@ def measured(models, steps):
         counts = in_processes(2, lambda rank, size: {o: train(model, o, rank, size, steps, bs=2, m=2) for o in options})
         for option,o in counts.items():
             found[model, option] = o
-            rows.append(f"| {model} | {option} | {o['ddp']/1e6:.1f} | {o['ours']/1e6:.3f} | {o['ours']/o['ddp']:.4f} | {o['messages']:.1f} |")
+            bytes_ = f"{o['ddp']/1e6:.1f} | {o['ours']/1e6:.3f} | {o['ours']/o['ddp']:.4f}"
+            rows.append(f"| {model} | {option} | {bytes_} | {o['messages']:.1f} |")
             print(rows[-1], flush=True)
     return rows,found
 
@@ -163,7 +165,8 @@ def check(model, steps):
         o = two[option]
         wire = (o['ddp'] + (o['ours'] if option != 'plain' else 0))*8/(gigabits*1e9) # a gloo sum takes a core, so nothing overlaps
         expected = one[option]['seconds'] + wire
-        rows.append(f"| {model} | {option} | {one[option]['seconds']:.3f} | {expected:.3f} | {o['seconds']:.3f} | {o['seconds']/expected:.2f} |")
+        times = f"{one[option]['seconds']:.3f} | {expected:.3f} | {o['seconds']:.3f} | {o['seconds']/expected:.2f}"
+        rows.append(f"| {model} | {option} | {times} |")
         print(rows[-1], flush=True)
     return rows,gigabits
 
@@ -184,8 +187,8 @@ Python {platform.python_version()}, torch {torch.__version__}.
 
 ## Counted: bytes in a step
 
-Two processes, DistributedDataParallel, gloo. *DDP* is what plain training sends (the gradient), *ours* what the callback adds. Bytes are those
-that a process hands to a sum over all; a ring of R processes sends 2(R-1)/R times as many.
+Two processes, DistributedDataParallel, gloo. *DDP* is what plain training sends (the gradient), *ours* what the callback adds. Bytes are
+those that a process hands to a sum over all; a ring of R processes sends 2(R-1)/R times as many.
 
 | model | option | DDP, MB | ours, MB | ours / DDP | small messages in a step |
 |---|---|---|---|---|---|
@@ -193,14 +196,14 @@ that a process hands to a sum over all; a ring of R processes sends 2(R-1)/R tim
 
 ## Estimated: 1 to 64 GPUs
 
-No GPU was at hand: this is arithmetic. A plain step of 64 images takes {MODELS['ResNet-50'][2]} s (ResNet-50) or {MODELS['ViT-B'][2]} s (ViT-B) on one GPU, an
-assumption, of which the forward pass is a third. c is the time of a sum of all gradients, 2(R-1)/R × bytes × 8 / bandwidth, and L = 4 small
-messages × 2 log2(R) × 30 µs. There are half as many trusted images as training images (m/n = 0.5) on each GPU; a trusted batch that does not
-grow with the number of GPUs costs less. Then a step takes
+No GPU was at hand: this is arithmetic. A plain step of 64 images takes {MODELS['ResNet-50'][2]} s (ResNet-50) or {MODELS['ViT-B'][2]} s
+(ViT-B) on one GPU, an assumption, of which the forward pass is a third. c is the time of a sum of all gradients, 2(R-1)/R × bytes × 8 / bandwidth,
+and L = 4 small messages × 2 log2(R) × 30 µs. There are half as many trusted images as training images (m/n = 0.5) on each GPU; a trusted batch
+that does not grow with the number of GPUs costs less. Then a step takes
 
 - plain: t/3 + max(2t/3, c), as DDP sends while it goes backward;
-- weighted: (m/n) t + max(t/3, c) + 2t/3 + max(2t/3, c) + L: the trusted gradient, the Learner's forward pass while that gradient is sent, the
-  tangents, the backward pass. With `every=k`, the first two are so in one step of k; in the others they are t/3;
+- weighted: (m/n) t + max(t/3, c) + 2t/3 + max(2t/3, c) + L: the trusted gradient, the Learner's forward pass while that gradient
+  is sent, the tangents, the backward pass. With `every=k`, the first two are so in one step of k; in the others they are t/3;
 - along the head: (m/n) t/3 + max(t/3, c_head) + max(2t/3, c) + L.
 
 *Efficiency* is the time of a step on one GPU over that on R, with 64 images on each.
@@ -211,9 +214,9 @@ grow with the number of GPUs costs less. Then a step takes
 
 ## Checked: two processes here
 
-The same formula without overlap, since a sum takes a core here: the time in one process, plus the bytes over {gigabits:.1f} Gbit/s, which is what a
-sum of 45 MB by itself reaches between two processes on this machine. Seconds of a step, medians of {check_steps - 2}; other work on the machine moves
-them by a third and more.
+The same formula without overlap, since a sum takes a core here: the time in one process, plus the bytes over {gigabits:.1f} Gbit/s, which
+is what a sum of 45 MB by itself reaches between two processes on this machine. Seconds of a step, medians of {check_steps - 2}; other work on the
+machine moves them by a third and more.
 
 | model | option | one process | two, expected | two, measured | measured / expected |
 |---|---|---|---|---|---|

@@ -138,8 +138,8 @@ class Step:
 
     @property
     def n(self)->int: # 0 if it has none
-        "Number of items in the batch, by its targets."
-        return len(self.targets[0]) if len(self.targets) and hasattr(self.targets[0], '__len__') else 0
+        "Number of items in the batch, by its targets, or else its inputs."
+        return next((len(t) for t in tree_leaves((self.targets, self.inputs)) if isinstance(t, Tensor) and t.ndim), 0)
 
 # %% ../nbs/10_fit.ipynb #4f81bbc7
 @dataclass
@@ -612,7 +612,7 @@ def after_loss(self:Fit):
             step.losses,step.underway.pred = self.losses.of_step(),self.losses.of_output(learn.pred)
             if step.weights is None: found = self.align(step)
             elif not self.is_as_taken(step): raise ValueError(
-                "skip_zeros=True can't be used with a callback that changes learn.pred or learn.yb: the weights are computed before it does")
+                "skip_zeros=True can't be used with a callback that changes learn.pred or learn.yb: the weights are computed before that")
         if step.weights is None: self.finish(step, found)
         w = step.weights if step.whole is None else step.weights[step.whole[0]]
         learn.loss_grad = self.ranks.size*step.scale*(w*step.losses).sum() # DDP divides by their number

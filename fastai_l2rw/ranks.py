@@ -252,4 +252,4 @@ def check_not_sharded(
     kind = next((o for o in ('FSDPModule','FullyShardedDataParallel') if o in kinds), None)
     if kind: raise ValueError(
         f'the model is sharded over processes ({kind}), and passes on the side can not gather its parameters: train it with '
-        'DistributedDataParallel, as learn.distrib_ctx() does. Where memory is short, params=lambda m: m[-1].parameters() takes little of it')
+        'DistributedDataParallel, as learn.distrib_ctx() does. Where memory is short, params=lambda m: m[-1].parameters() takes little')

@@ -1,4 +1,4 @@
-"Run by test_ranks.py: the same trainings in one, two and four processes, which are forked from this one. Writes what came out into a folder."
+"Run by test_ranks.py: the same trainings in one, two and four processes, which are forked from this one. Writes what came out."
 import os, signal, sys, time, traceback, warnings
 from contextlib import nullcontext
 from functools import partial
@@ -67,7 +67,8 @@ class Words(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Linear(6, 16)
-        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0., batch_first=True), 1, enable_nested_tensor=False)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0., batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
         self.head = nn.Linear(16, 4)
     def forward(self, x): return self.head(self.layers(self.embed(x)).mean(1))
 
@@ -114,7 +115,8 @@ def learner(model, cb, cbs=(), bs=16, n=320, m=24, meta_bs=8, opt=partial(SGD, m
     x,given,right = make_data(n + m, SHAPES[model])
     if model in (group_norm, frozen_batch_norm): x = x.double()
     bs //= size
-    dls = DataLoaders(Ordered(list(zip(x[:n], given[:n])), bs=bs, num_workers=0), DataLoader(list(zip(x[n:], right[n:])), bs=bs, num_workers=0))
+    load = Ordered(list(zip(x[:n], given[:n])), bs=bs, num_workers=0)
+    dls = DataLoaders(load, DataLoader(list(zip(x[n:], right[n:])), bs=bs, num_workers=0))
     dls.n_inp = 1
     meta = TorchLoader(TensorDataset(x[n:], right[n:]), meta_bs)
     set_seed(0)
@@ -333,6 +335,8 @@ def sharded():
     try: learn.fit(1)
     except ValueError as e: return dict(said=str(e))
 
+def with_ddp(**kwargs): return dict(kwargs_handlers=[DistributedDataParallelKwargs(**kwargs)])
+
 TWO = { # in two
     'sharded': sharded,
     'NaN': lambda: fails('nan'),
@@ -340,8 +344,8 @@ TWO = { # in two
     'broken at once': lambda: fails('at once'),
     'warnings': warned,
     'shares': shares,
-    'unused parameters are looked for': lambda: trained(mlp, ddp=dict(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])),
-    'static graph': lambda: trained(mlp, ddp=dict(kwargs_handlers=[DistributedDataParallelKwargs(static_graph=True)])),
+    'unused parameters are looked for': lambda: trained(mlp, ddp=with_ddp(find_unused_parameters=True)),
+    'static graph': lambda: trained(mlp, ddp=with_ddp(static_graph=True)),
     'bytes': volume,
     'bytes, head': lambda: volume(params=lambda m: m.fc.parameters()),
 }
@@ -351,7 +355,8 @@ TWO = { # in two
 def in_process(out, cases):
     "What one of the processes does."
     if size > 1:
-        os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size), MASTER_ADDR='127.0.0.1', MASTER_PORT='0')
+        here = dict(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=size, MASTER_ADDR='127.0.0.1', MASTER_PORT=0)
+        os.environ |= {k: str(v) for k,v in here.items()}
         torch.distributed.init_process_group('gloo', init_method=f'file://{out}/store{size}', rank=rank, world_size=size)
     found = {}
     for name,case in cases.items():

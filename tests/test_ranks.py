@@ -33,7 +33,8 @@ def same(one, several):
     for k in ('figures', 'item_weights', 'evidence', 'quality'):
         if k in one: torch.testing.assert_close(several[k], one[k], rtol=1e-4, atol=1e-5, equal_nan=True)
 
-EVERYWHERE = ['MLP', 'MLP, accumulated', 'MLP, accumulated without sync', 'ResNet-18 with group norm', 'ResNet-18 with frozen batch norm', 'transformer', 'synchronised batch norm',
+EVERYWHERE = ['MLP', 'MLP, accumulated', 'MLP, accumulated without sync', 'ResNet-18 with group norm', 'ResNet-18 with frozen batch norm',
+    'transformer', 'synchronised batch norm',
     'fewer trusted examples than processes', 'a process with zeros only', 'uneven parts', 'resumed']
 
 @pytest.mark.parametrize('case', EVERYWHERE)
@@ -43,7 +44,8 @@ def test_one_two_and_four_processes(found, case):
         for cases in found[n]: same(found[1][0][case], cases[case])
 
 @pytest.mark.parametrize('case', ['relative', 'margin', 'smooth', 'every=2', 'params', 'skip_zeros', 'forward', 'reverse', 'uniform', 'opt',
-    'opt, accumulated without sync', 'class weights', 'calibrate', 'Meta-Weight-Net', 'Meta-Weight-Net, separate pass', 'Meta-Weight-Net, class weights'])
+    'opt, accumulated without sync', 'class weights', 'calibrate', 'Meta-Weight-Net', 'Meta-Weight-Net, separate pass',
+    'Meta-Weight-Net, class weights'])
 def test_options_in_two_processes(found, case):
     for cases in found[2]: same(found[1][0][case], cases[case])
     first,second = [cases[case] for cases in found[2]]
@@ -60,13 +62,15 @@ def test_weights_of_one_process_only(found):
     assert not weights[:, 12:].any() and (weights[:, :12] > 0).any(1).all()
 
 @pytest.mark.parametrize('case,error,where', [('NaN', 'FloatingPointError', r'batch 3 of the training loader .* in its item\(s\) \[2\]'),
-    ('broken data', 'Broken', 'batch 3 of meta_dl in epoch 0 .*the disk is gone'), ('broken at once', 'Broken', 'batch 1 of meta_dl .*the disk is gone')])
+    ('broken data', 'Broken', 'batch 3 of meta_dl in epoch 0 .*the disk is gone'),
+    ('broken at once', 'Broken', 'batch 1 of meta_dl .*the disk is gone')])
 def test_if_one_fails_all_do(found, case, error, where):
     "Within a second, with an error of the same type, which names the process; and all can train again."
     first,second = [cases[case] for cases in found[2]]
     assert re.search(f'(?s)^{error}: .*process 1 of 2 has failed, and so all end: {error}: {where}', first['said']), first['said']
     assert re.search(f'(?s)^{error}: .*{where}', second['said']) and 'process 1' not in second['said']
-    assert max(first['took'], second['took']) < 20 and first['steps'] == second['steps'] == dict(NaN=3).get(case, 2 if case == 'broken data' else 0)
+    assert max(first['took'], second['took']) < 20
+    assert first['steps'] == second['steps'] == {'NaN': 3, 'broken data': 2, 'broken at once': 0}[case]
     assert first['same'] == second['same'] == (case == 'broken at once')
     assert torch.equal(first['parameters'], second['parameters']) and first['parameters'].isfinite().all()
 
@@ -79,7 +83,7 @@ def test_trusted_batches_differ_by_process(found):
     assert not any((a == b).all() for x,y in zip(first, second) for a in x for b in y)
 
 def test_a_sharded_model_is_refused(found):
-    for cases in found[2]: assert 'the model is sharded over processes (FSDPModule)' in cases['sharded']['said'] and 'distrib_ctx' in cases['sharded']['said']
+    for cases in found[2]: assert re.search(r'sharded over processes \(FSDPModule\).*distrib_ctx', cases['sharded']['said'])
 
 def test_bytes_of_a_step(found):
     "At most 1.05 times those of plain DDP, or 0.05 times for the head."
