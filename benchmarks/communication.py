@@ -197,9 +197,9 @@ those that a process hands to a sum over all; a ring of R processes sends 2(R-1)
 ## Estimated: 1 to 64 GPUs
 
 No GPU was at hand: this is arithmetic. A plain step of 64 images takes {MODELS['ResNet-50'][2]} s (ResNet-50) or {MODELS['ViT-B'][2]} s
-(ViT-B) on one GPU, an assumption, of which the forward pass is a third. c is the time of a sum of all gradients, 2(R-1)/R × bytes × 8 / bandwidth,
-and L = 4 small messages × 2 log2(R) × 30 µs. There are half as many trusted images as training images (m/n = 0.5) on each GPU; a trusted batch
-that does not grow with the number of GPUs costs less. Then a step takes
+(ViT-B) on one GPU, an assumption, of which the forward pass is a third. c is the time of a sum of all gradients, 2(R-1)/R × bytes × 8 /
+bandwidth, and L = 4 small messages × 2 log2(R) × 30 µs. There are half as many trusted images as training images (m/n = 0.5) on each GPU;
+a trusted batch that does not grow with the number of GPUs costs less. Then a step takes
 
 - plain: t/3 + max(2t/3, c), as DDP sends while it goes backward;
 - weighted: (m/n) t + max(t/3, c) + 2t/3 + max(2t/3, c) + L: the trusted gradient, the Learner's forward pass while that gradient
@@ -215,8 +215,8 @@ that does not grow with the number of GPUs costs less. Then a step takes
 ## Checked: two processes here
 
 The same formula without overlap, since a sum takes a core here: the time in one process, plus the bytes over {gigabits:.1f} Gbit/s, which
-is what a sum of 45 MB by itself reaches between two processes on this machine. Seconds of a step, medians of {check_steps - 2}; other work on the
-machine moves them by a third and more.
+is what a sum of 45 MB by itself reaches between two processes on this machine. Seconds of a step, medians of {check_steps - 2}; other work
+on the machine moves them by a third and more.
 
 | model | option | one process | two, expected | two, measured | measured / expected |
 |---|---|---|---|---|---|
