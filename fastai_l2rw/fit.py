@@ -33,7 +33,7 @@ from .ledger import BatchItems, ItemKeys, Ledger, Mixing, check_room, evidence_o
 from .lookahead import OptimizerStep, SGDStep, bare_optimizer, check_lookahead
 from .losses import LearnerLosses, LossNotPerItem, loss_scale
 from .quality import check_has_classes
-from .ranks import Ranks, alone, later, warn
+from .ranks import Ranks, alone, check_not_sharded, later, warn
 from .reweight import effective_sample_size, meta_gradient, normalise, weighted_gradient
 from .trusted import TrustedBatches, check_labels, check_meta_dl, class_names, describe_batch, how_to_third, label_kind
 from .trusted import plain_tensors
@@ -138,8 +138,8 @@ class Step:
 
     @property
     def n(self)->int: # 0 if it has none
-        "Number of items in the batch, by its targets."
-        return len(self.targets[0]) if len(self.targets) and hasattr(self.targets[0], '__len__') else 0
+        "Number of items in the batch, by its targets, or else its inputs."
+        return next((len(t) for t in tree_leaves((self.targets, self.inputs)) if isinstance(t, Tensor) and t.ndim), 0)
 
 # %% ../nbs/10_fit.ipynb #4f81bbc7
 @dataclass
@@ -264,11 +264,13 @@ class Fit:
         self.searching = hasattr(learn, 'lr_finder') # is this no real training?
         parallel = nn.DataParallel,nn.parallel.DistributedDataParallel
         self.model = learn.model.module if isinstance(learn.model, parallel) else learn.model
+        check_not_sharded(self.model)
         self.device = one_param(learn.model).device
         self.losses = LearnerLosses(learn)
-        synced = ranks.size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in self.model.modules())
+        self.synced = ranks.size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in self.model.modules())
         replicated = isinstance(learn.model, nn.DataParallel) and learn.model.device_ids
-        self.spread = bool(synced or replicated) # does the Learner's pass depend on what other devices have?
+        static = getattr(learn.model, 'static_graph', False) # then DDP takes the first backward pass through the graph for the Learner's
+        self.spread = bool(self.synced or replicated or static) # are others waiting for what the Learner's pass does?
         dataset = getattr(learn.dls.train, 'dataset', None)
         self.keys = next((cb for cb in learn.cbs if isinstance(cb, ItemKeys)), None) # what tells the items of a stream
         self.n_items = self.keys.n_items if self.keys else len(dataset) if hasattr(dataset, '__len__') else 0
@@ -494,9 +496,10 @@ def meta_gradient_at(self:Fit,
 )->Mapping: # By parameter name
     "The gradient on the next trusted batch, at parameters `at`; in several processes, it is on its way while other things are done."
     zero = torch.zeros((), device=self.device)
+    batch = self.next_in_step(step) if self.synced else None
     def share():
         with naming(self.describe_trusted):
-            step.meta_batch,shares = self.next_trusted()
+            step.meta_batch,shares = batch or self.next_trusted()
             if counts is not None: shares = counts(step.meta_batch[1])*(1/batch_size(step.meta_batch[0]) if shares is None else shares)
             gradient,loss = meta_gradient(self.model, self.losses.trusted, step.meta_batch, at, self.autocast(), self.changing, shares)
             return gradient,loss,zero if counts is None else shares.sum()
@@ -527,6 +530,13 @@ def trusted_log_probs(self:Fit,
             said.append(torch.stack([o.float().log_softmax(1) for o in outputs]).mean(0)[counts])
             labels.append(batch[1][0].flatten().long()[counts])
     return tuple(self.ranks.gather(torch.cat(said), torch.cat(labels)))
+
+@patch
+def next_in_step(self:Fit,
+    step:Step, # The step
+)->tuple: # As `next_trusted`
+    "The next trusted batch, where all processes must have theirs before one of them goes on."
+    with self.ranks.meeting(step.n), naming(self.describe_trusted): return self.next_trusted()
 
 @patch
 def weighted_gradient_of(self:Fit,
@@ -602,7 +612,7 @@ def after_loss(self:Fit):
             step.losses,step.underway.pred = self.losses.of_step(),self.losses.of_output(learn.pred)
             if step.weights is None: found = self.align(step)
             elif not self.is_as_taken(step): raise ValueError(
-                "skip_zeros=True can't be used with a callback that changes learn.pred or learn.yb: the weights are computed before it does")
+                "skip_zeros=True can't be used with a callback that changes learn.pred or learn.yb: the weights are computed before that")
         if step.weights is None: self.finish(step, found)
         w = step.weights if step.whole is None else step.weights[step.whole[0]]
         learn.loss_grad = self.ranks.size*step.scale*(w*step.losses).sum() # DDP divides by their number

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from fastai_l2rw.all import MetaReweightCallback, normalise, rectify, unrolled_weights
 
 SLOW = ('callbacks', 'checked', 'data_cifar10', 'data_core', 'data_folders', 'data_ham10000', 'demo', 'docs', 'experiments',
-    'faults', 'interpret', 'ledger', 'mistakes', 'models', 'params', 'project', 'readme', 'report', 'skip_zeros')
+    'faults', 'interpret', 'ledger', 'mistakes', 'models', 'params', 'project', 'ranks', 'readme', 'report', 'skip_zeros')
 
 def pytest_collection_modifyitems(items):
     """The fast set for daily work, `pytest -m 'not slow'`, has what compares weights with independent computations. It leaves these

@@ -337,6 +337,8 @@ DistributedDL._broadcast = broadcast # fastai's own needs a GPU
 def train(cell): return train_digits(cell['scheme'], cell['seed'], lr=cell['lr'], bs=8)[0] # half of the batch each
 if __name__ == '__main__':
     status = run_grid(make_grid_of(seeds=[0]), train, {out!r})
+    def train(cell): return train_digits(cell['scheme'], cell['seed'], lr=cell['lr'])[0] | dict(process=os.getpid())
+    status = status or run_grid(make_grid_of(seeds=[0]), train, {out!r} + '_apart', apart=True)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     os._exit(status) # as in distributed.py
@@ -350,8 +352,13 @@ def test_two_processes_train_each_cell_together(tmp_path):
         capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true'))
     assert done.returncode == 0, done.stderr
     rows = read(tmp_path/'out')
-    assert len(rows) == len({cell_key(o['cell']) for o in rows}) == n_search + 3*2 and done.stdout.count('left |') == len(rows)
-    assert {o['result']['n_steps'] for o in rows} == {train_digits('unweighted')[0]['n_steps']} # with half of each batch
+    assert len(rows) == len({cell_key(o['cell']) for o in rows}) == n_search + 3*2 and done.stdout.count('left |') == 2*len(rows)
+    steps = {train_digits('unweighted')[0]['n_steps']}
+    assert {o['result']['n_steps'] for o in rows} == steps # with half of each batch
+    apart = read(tmp_path/'out_apart')
+    def what(rows): return [[o['cell'][k] for k in ('stage','setting','scheme','seed')] for o in rows]
+    assert what(apart) == what(rows) and {o['result']['n_steps'] for o in apart} == steps
+    assert len({o['result']['process'] for o in apart}) == 2, 'each process trained some, and the first wrote all'
 
 # --- one training
 

@@ -23,6 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..ranks import synced_batch_norm
+
 # %% ../../nbs/02_engines.passes.ipynb #19f30147
 def random_generators(
     device:str|torch.device, # Device of a model
@@ -340,10 +342,10 @@ def _all_modules(model):
             'train the model that it was made from, and script that when it is trained')
     return list(named.values())
 
-def _by_themselves(modules):
-    "Let batch norms that work across processes do so within theirs, and compiled modules run as they were before."
+def _as_plain(modules):
+    "Let batch norms that work across processes have all derivatives, and compiled modules run as they were before."
     for m in modules:
-        if isinstance(m, nn.SyncBatchNorm): m.forward = partial(nn.modules.batchnorm._BatchNorm.forward, m)
+        if isinstance(m, nn.SyncBatchNorm): m.forward = partial(synced_batch_norm, m)
         if vars(m).get('_compiled_call_impl') is not None: vars(m)['_compiled_call_impl'] = None
         if '_orig_mod' in m._modules: vars(m)['forward'] = m._orig_mod.__call__
 
@@ -421,7 +423,7 @@ def virtual_pass(
     hooked = [getattr(hook, '__self__', None) for m in modules for hook in m._forward_hooks.values()] # fastai's hooks keep what they see
     attributes,contents = ModuleState(modules),contents_of([*others, *filter(_keeps, hooked)])
     try:
-        _by_themselves(modules)
+        _as_plain(modules)
         with (forked_random(device, seed, states), torch.autocast(device.type, autocast, autocast is not None, cache_enabled=False),
               mode(values, copied.values()) as exchange): yield exchange
     finally:

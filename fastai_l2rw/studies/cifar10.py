@@ -185,4 +185,5 @@ def run_cifar10(
     title = f'CIFAR-10: {o.net}, {o.epochs} epochs, {o.meta_per_class} trusted images per class'
     if o.subset < 1: title += f', {o.subset:.0%} of the training images'
     threads = o.threads or (1 if o.net == 'cnn' else None)
-    return run_grid(grid, train, o.out, report=partial(cifar10_report, title=title), jobs=o.jobs, threads=threads, dry_run=o.dry_run)
+    return run_grid(grid, train, o.out, report=partial(cifar10_report, title=title), jobs=o.jobs, threads=threads, dry_run=o.dry_run,
+        apart=bool(o.apart))

@@ -118,6 +118,7 @@ def l2rw_cifar10(
     device:str=None, # Device, such as cuda:0 or cpu; default: fastai's
     jobs:int=None, # Number of trainings at the same time; default: 1
     threads:int=None, # CPU threads of each, which change figures a little; default: 1 for the cnn, otherwise all cores
+    apart:store_true=False, # With accelerate launch: train a cell in each process, instead of each cell in all?
     dry_run:store_true=False, # Only show the plan?
     quick:store_true=False, # A first look: three settings and schemes, --subset 0.2 --epochs 15 --bs 50 --seeds 2 --lrs 0.01 --jobs 2
 )->int: # Exit status
@@ -155,6 +156,7 @@ def l2rw_ham10000(
     num_workers:int=0, # Number of processes that read images, for each training
     jobs:int=None, # Number of trainings at the same time; default: 1
     threads:int=None, # CPU threads of each, which change figures a little; default: 1 with --frozen, otherwise all cores
+    apart:store_true=False, # With accelerate launch: train a cell in each process, instead of each cell in all?
     dry_run:store_true=False, # Only show the plan?
     quick:store_true=False, # A first look: three schemes, --frozen --arch efficientnet_lite0 --size 96 --epochs 15 --lrs 0.001 --seeds 2
 )->int: # Exit status

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['cell_key', 'Results', 'torch_threads', 'run_cells', 'Grid', 'select_settings', 'cell_name', 'seconds_left',
-           'alone_in', 'read_results', 'progress', 'run_grid', 'check_options', 'check_counts', 'make_grid']
+           'alone_in', 'read_results', 'run_apart', 'progress', 'run_grid', 'check_options', 'check_counts',
+           'make_grid']
 
 # %% ../../nbs/31_studies.grids.ipynb #d7437865
 import json, math, os, signal, time, traceback
@@ -12,6 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -289,6 +292,27 @@ def _from_first(x):
     box = [x]
     torch.distributed.broadcast_object_list(box, 0)
     return box[0]
+@contextmanager
+def _by_itself():
+    "Let fastai take this process for one that was not launched with others."
+    hidden = {k: os.environ.pop(k) for k in ('RANK','WORLD_SIZE') if k in os.environ}
+    try: yield
+    finally: os.environ |= hidden
+
+def run_apart(
+    train:Callable, # `train(cell)` gives the result, a dictionary
+    cells:Sequence[dict], # What to train, the same in all processes
+    threads:int|None=None, # Number of threads for each; default: PyTorch's
+)->Iterator[tuple[dict,dict|None,str|None]]: # Each cell with its result, or None and the error, in all processes
+    "Share cells out over processes that were launched together, each of which trains one at a time by itself."
+    rank,size = rank_distrib(),num_distrib()
+    group = torch.distributed.new_group(backend='gloo', timeout=timedelta(days=30)) # one may be ready long before the others
+    for i in range(0, len(cells), size):
+        turn,found = cells[i:i + size],[None]*size
+        with _by_itself(): own = _attempt(train, turn[rank], threads) if rank < len(turn) else None
+        torch.distributed.all_gather_object(found, own, group=group)
+        for cell,(result,error) in zip(turn, found): yield cell,result,error
+
 def progress(
     items:Sequence, # What to go through
     what:str, # What it is
@@ -305,8 +329,10 @@ def progress(
 # %% ../../nbs/31_studies.grids.ipynb #f76daf72
 class _Run:
     "A grid that is being trained, with what there is to say of it."
-    def __init__(self, grid, results, out, report, jobs, first):
-        self.grid,self.results,self.out,self.report,self.jobs,self.first = grid,results,out,report,jobs,first
+    def __init__(self, grid, results, out, report, jobs, first, apart=False):
+        self.grid,self.results,self.out,self.report,self.first = grid,results,out,report,first
+        self.apart = apart and num_distrib() > 1
+        self.jobs = num_distrib() if self.apart else jobs
         self.search = grid.search_cells()
         self.failed,self.reported = [],time.monotonic()
 
@@ -364,7 +390,8 @@ class _Run:
         todo = {cell_key(o): o for o in cells if o not in self.results and o['lr'] is not None}
         for o in cells:
             if o['lr'] is None: self.fail(cell_name(o), 'there is no learning rate, since its search is not finished')
-        for cell,result,error in run_cells(train, list(todo.values()), self.jobs, threads):
+        run = partial(run_apart, threads=threads) if self.apart else partial(run_cells, jobs=self.jobs, threads=threads)
+        for cell,result,error in run(train, list(todo.values())):
             result,error = _from_first((result, error))
             del todo[cell_key(cell)]
             if error: self.fail(cell_name(cell), error)
@@ -379,16 +406,17 @@ def run_grid(
     jobs:int=1, # Number of cells that are trained at the same time
     threads:int|None=None, # Number of threads for each, as for `run_cells`
     dry_run:bool=False, # Only say what would be done?
+    apart:bool=False, # If several processes were launched together: does each train cells by itself, instead of all the same?
 )->int: # Exit status: 0 if all cells are finished, otherwise 1
     """Train all cells of a grid that are not in the folder yet, and say how it goes; raises `SystemExit` for a folder that can't be read
     or written to, or that another run writes to."""
     out,first = Path(out),rank_distrib() == 0
-    if num_distrib() > 1 and jobs > 1: raise SystemExit(f'--jobs is {jobs}, but must be 1 where several processes train one model')
+    if num_distrib() > 1 and jobs > 1: raise SystemExit(f'--jobs is {jobs}, but must be 1 where several processes were launched together')
     if dry_run:
-        _Run(grid, read_results(out), out, report, jobs, first).plan(dry_run)
+        _Run(grid, read_results(out), out, report, jobs, first, apart).plan(dry_run)
         return 0
     with alone_in(out) if first else nullcontext():
-        run = _Run(grid, read_results(out), out, report, jobs, first)
+        run = _Run(grid, read_results(out), out, report, jobs, first, apart)
         kept = lambda: f'{len(run.results)} finished trainings are kept in {out}, and the same command goes on from there'
         try:
             run.plan(dry_run)

@@ -224,9 +224,10 @@ def run_ham10000(
         if frozen:
             images = [*ham10000_images(path)[0].path, *test_images]
             file = _features_file(o.out, o.arch, o.size)
-            with alone_in(o.out): frozen_features(images, file, o.arch, o.size, pretrained, o.bs, o.device, o.num_workers)
+            if not rank_distrib(): # others read it, once they have met the first process
+                with alone_in(o.out): frozen_features(images, file, o.arch, o.size, pretrained, o.bs, o.device, o.num_workers)
     train = partial(train_ham10000, path=path, out=str(o.out), test=test, device=o.device, num_workers=o.num_workers)
     how = f"{o.arch}{' (random weights)'*(not pretrained)}, {'frozen' if frozen else 'fine-tuned'}"
     title = f"HAM10000: {how}, {o.epochs} epochs, {o.meta_per_class} trusted images per kind, tested on {options['test']}"
     return run_grid(grid, train, o.out, report=partial(ham10000_report, title=title, table=table), jobs=o.jobs,
-        threads=o.threads or (1 if frozen else None), dry_run=o.dry_run)
+        threads=o.threads or (1 if frozen else None), dry_run=o.dry_run, apart=bool(o.apart))
