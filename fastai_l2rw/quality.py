@@ -86,18 +86,18 @@ def check_labelled(
 # %% ../nbs/08a_quality.ipynb #4f47899f
 class LabelQuality:
     "What a model says of each training item at its visits, and how likely each label is right."
-    names = 'log_probs', 'visits', 'labels', 'quality', 'suggested' # tensors, one row an item
+    names = 'log_probs', 'visits', 'labels', 'now', 'quality', 'suggested' # tensors, one row an item
     def __init__(self,
         n_items:int, # Number of training items
         n_classes:int, # Number of classes
         device:torch.device='cpu', # Where the numbers are kept
-        decay:float=0.5, # What a visit counts relative to the next one
     ):
-        self.decay = decay
+        self.n_judged = 0 # number of judgements
         self.share = None # the share of right labels, once it is known
         self.log_probs,self.visits = torch.zeros(n_items, n_classes, device=device),torch.zeros(n_items, device=device)
         self.labels = torch.full((n_items,), -1, device=device)
-        self.quality,self.suggested = torch.full((n_items,), torch.nan, device=device),self.labels.clone()
+        self.now = torch.full((n_items,), torch.nan, device=device) # the probability that the label is right, by the last judgement
+        self.quality,self.suggested = self.now.clone(),self.labels.clone() # its mean, and the likeliest class
         self.of_trusted = None # log-probabilities and labels of trusted examples, of the last judgement
         self.by_class = self.trusted_by_class = None # what a right label counts, and what a trusted example does
         self.taught = 0. # what trusted examples count together, of all
@@ -109,16 +109,14 @@ class LabelQuality:
     ):
         "Note what the model says of a batch."
         items,labels = items.to(self.labels.device),labels.long()
-        said = output.detach().float().log_softmax(1)
-        old = self.decay*self.log_probs[items]*self.visits[items].clamp(max=1)[:, None]
-        self.log_probs[items] = old + (1 - self.decay)*said
+        self.log_probs[items] = output.detach().float().log_softmax(1)
         self.visits[items] += 1
         self.labels[items] = torch.where((labels >= 0) & (labels < output.shape[1]), labels, -1)
 
-    def said(self)->tuple[Tensor,Tensor]: # Positions of items, and the mean log-probabilities of these, shape (n, n_classes)
+    def said(self)->tuple[Tensor,Tensor]: # Positions of items, and the last log-probabilities of these, shape (n, n_classes)
         "What the model has said of the items that it has seen."
         at = ((self.visits > 0) & (self.labels >= 0)).nonzero()[:, 0]
-        return at, self.log_probs[at]/(1 - self.decay**self.visits[at])[:, None]
+        return at, self.log_probs[at]
 
     def judge(self,
         trusted_log_probs:Tensor, # What the model says of trusted examples, shape (m, n_classes)
@@ -127,11 +125,14 @@ class LabelQuality:
         "Find how likely each label is right; raises `ValueError` if trusted examples have other classes."
         at,said = self.said()
         if not len(at): return
-        self.quality[at],self.suggested[at] = _judged(said, self.labels[at], trusted_log_probs, trusted_labels)
-        self.share,self.of_trusted = float(self.quality[at].mean()),(trusted_log_probs.cpu(), trusted_labels.cpu())
+        self.now[at],self.suggested[at] = _judged(said, self.labels[at], trusted_log_probs, trusted_labels)
+        before = torch.where(self.quality[at].isnan(), self.now[at], self.quality[at])
+        self.n_judged += 1
+        self.quality[at] = before + (self.now[at] - before)/min(self.n_judged, 8)
+        self.share,self.of_trusted = float(self.now[at].mean()),(trusted_log_probs.cpu(), trusted_labels.cpu())
         n_classes = said.shape[1]
         def by_class(labels, numbers): return torch.zeros_like(said[0]).index_add(0, labels, numbers.to(said))
-        right,counts = by_class(self.labels[at], self.quality[at]),by_class(trusted_labels.to(said.device), torch.ones(len(trusted_labels)))
+        right,counts = by_class(self.labels[at], self.now[at]),by_class(trusted_labels.to(said.device), torch.ones(len(trusted_labels)))
         worth = counts/max(self.share, 0.05)**2
         part = worth/(right + worth).clamp(min=1e-6)
         self.by_class = (1 - part)/right.clamp(min=1e-3) # so that each class counts the same together
@@ -143,7 +144,7 @@ class LabelQuality:
     )->Tensor: # Shape (n,)
         "Weights in proportion to the probability that a label is right, as far as trusted examples leave something to the items of a class."
         items = items.to(self.labels.device)
-        quality,labels = self.quality[items].nan_to_num(self.share),self.labels[items] # one that is new is as likely right as all are
+        quality,labels = self.now[items].nan_to_num(self.share),self.labels[items] # one that is new is as likely right as all are
         return torch.where(labels >= 0, quality*self.by_class[labels.clamp(min=0)], 0)
 
     def table(self)->pd.DataFrame: # By position: `label_quality` and `suggested`
@@ -168,7 +169,7 @@ class LabelQuality:
     def state(self)->dict: # For `load`
         "All of it, for a checkpoint."
         kept = {o: getattr(self, o) for o in self.names}
-        judged = 'share','by_class','trusted_by_class','taught'
+        judged = 'n_judged','share','by_class','trusted_by_class','taught'
         judged = {} if self.share is None else {o: getattr(self, o) for o in judged}
         return kept | judged
 
@@ -259,6 +260,6 @@ class CalibratedWeigher(AlignmentWeigher):
         "Go on from there, in a fit that was interrupted."
         super().load(state, n_items, resumed)
         kept = state.get('quality')
-        if not resumed or kept is None or len(kept['log_probs']) != n_items: return
+        if not resumed or kept is None or 'now' not in kept or len(kept['log_probs']) != n_items: return
         self.quality = LabelQuality(*kept['log_probs'].shape, kept['log_probs'].device)
         self.quality.load(kept)
