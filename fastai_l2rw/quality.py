@@ -97,7 +97,7 @@ class LabelQuality:
         self.log_probs,self.visits = torch.zeros(n_items, n_classes, device=device),torch.zeros(n_items, device=device)
         self.labels = torch.full((n_items,), -1, device=device)
         self.now = torch.full((n_items,), torch.nan, device=device) # the probability that the label is right, by the last judgement
-        self.quality,self.suggested = self.now.clone(),self.labels.clone() # its mean, and the likeliest class
+        self.quality,self.suggested = self.now.clone(),self.labels.clone() # its mean over the epochs, and the likeliest class
         self.of_trusted = None # log-probabilities and labels of trusted examples, of the last judgement
         self.by_class = self.trusted_by_class = None # what a right label counts, and what a trusted example does
         self.taught = 0. # what trusted examples count together, of all
@@ -128,7 +128,7 @@ class LabelQuality:
         self.now[at],self.suggested[at] = _judged(said, self.labels[at], trusted_log_probs, trusted_labels)
         before = torch.where(self.quality[at].isnan(), self.now[at], self.quality[at])
         self.n_judged += 1
-        self.quality[at] = before + (self.now[at] - before)/min(self.n_judged, 8)
+        self.quality[at] = before + (self.now[at] - before)*2/(self.n_judged + 1)
         self.share,self.of_trusted = float(self.now[at].mean()),(trusted_log_probs.cpu(), trusted_labels.cpu())
         n_classes = said.shape[1]
         def by_class(labels, numbers): return torch.zeros_like(said[0]).index_add(0, labels, numbers.to(said))

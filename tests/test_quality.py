@@ -160,6 +160,17 @@ def test_what_a_trusted_example_is_worth(counts, worth):
     assert of_trusted[0] == pytest.approx(6/606, rel=0.15) and of_trusted[1] == pytest.approx(worth or 3/303, rel=0.15)
     assert seen.taught == pytest.approx(np.mean(of_trusted), rel=1e-4)
 
+def test_later_epochs_count_more():
+    "The quality that is shown is the mean of 1 x the first, 2 x the second and 3 x the third judgement."
+    torch.manual_seed(0)
+    seen,now = LabelQuality(6, 2),[]
+    for said in torch.randn(3, 6, 2):
+        seen.see(torch.arange(6), said, torch.tensor([0, 0, 0, 1, 1, 1]))
+        seen.judge(torch.tensor([[-0.1, -2.], [-2., -0.1]]), torch.tensor([0, 1]))
+        now.append(seen.now.clone())
+    assert (now[0] - now[2]).abs().max() > 0.1
+    torch.testing.assert_close(seen.quality, (now[0] + 2*now[1] + 3*now[2])/6)
+
 def test_wrong_labels_are_found():
     learn = fit(make_learner(), 12, 0.1)
     found = learn.meta_reweight.label_quality()
@@ -236,7 +247,7 @@ def test_nothing_of_it_is_exported():
     dict(lookahead='opt'), dict(engine='reverse'), dict(start=1), dict(record=False), dict(params=lambda m: m[-1].parameters())], ids=lambda o: next(iter(o)))
 def test_other_options_go_with_it(options):
     learn = make_learner(**options)
-    found = fit(learn, 8, 0.1).meta_reweight.label_quality()
+    found = fit(learn, 12, 0.1).meta_reweight.label_quality()
     assert roc_auc_score(WRONG, -found.label_quality) > 0.85
 
 def test_a_trusted_loader_may_never_end():
