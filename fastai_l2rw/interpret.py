@@ -99,6 +99,9 @@ class MetaInterpretation:
         reweight = found[0]
         reweight.item_evidence() # for its errors
         ledger = reweight.record_of_items.ledger.copy()
+        if ledger.keys is not None: raise ValueError(
+            'learn has been trained on items that are called by keys (ItemKeys), and these can\'t be looked up in a stream: '
+            'learn.meta_reweight.item_evidence() and item_weights() tell by key what was seen')
         for o in others: ledger.merge(o)
         n = len(learn.dls.train.dataset)
         if n != ledger.n_items: raise ValueError(
@@ -346,10 +349,14 @@ def _by_class(self, weights):
 @patch
 def class_weights_by_epoch(self:MetaInterpretation)->pd.DataFrame: # A row for each epoch that is kept by itself, a column for each class
     "Mean weight of the items of each class, in each epoch; raises `ValueError` without classes or weights."
-    epochs = self.ledger.epochs
-    if not epochs: raise ValueError('no weights have been recorded: train beyond the epochs of plain training')
-    sums = {e: _by_class(self, self.ledger.epoch_weights(e)) for e in epochs}
-    return pd.DataFrame({e: o.mass/o.steps for e,o in sums.items()}).T.rename_axis('epoch')
+    if epochs := self.ledger.epochs:
+        sums = {e: _by_class(self, self.ledger.epoch_weights(e)) for e in epochs}
+        weights = {e: o.mass/o.steps for e,o in sums.items()}
+    else: # of very many items, sums over the classes are kept
+        by_epoch = {e: self.ledger.class_weights(e).weight for e in self.ledger.class_epochs}
+        weights = {e: o.set_axis(self.class_names(o.index)) for e,o in by_epoch.items()}
+    if not weights: raise ValueError('no weights have been recorded: train beyond the epochs of plain training')
+    return pd.DataFrame(weights).T.rename_axis(index='epoch', columns='class')
 
 @patch
 def plot_weights(self:MetaInterpretation,

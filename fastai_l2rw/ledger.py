@@ -926,15 +926,21 @@ class Ledger:
         if self._unknown is not None and self._unknown >= epoch: raise ValueError(self.reason)
         return self._called(self._tallies[epoch].frame())
 
+    @property
+    def class_epochs(self)->list[int]: # In their order; the last `keep` with weights
+        "Numbers of the epochs whose `class_weights` are kept by themselves, also of more items than have `epochs` kept."
+        self._count()
+        return sorted(o for o in self._by_class if o >= 0)
+
     def class_weights(self,
-        epoch:int|None=None, # One of the last `keep` epochs with weights; default: all epochs
+        epoch:int|None=None, # One of `class_epochs`; default: all epochs
     )->pd.DataFrame: # By number of the class, columns as in `item_weights`
         """How the items of each class were weighed, also where nobody knows which items these were; raises `ValueError` without labels, or
         if that epoch is not known."""
         self._count()
         if not self._by_class: raise ValueError('nothing is known of classes: no weights have been recorded together with a class label')
         if epoch is not None and (epoch < 0 or epoch not in self._by_class): raise ValueError(
-            f'epoch={epoch} is not kept by itself: those that are kept are {sorted(o for o in self._by_class if o >= 0)}')
+            f'epoch={epoch} is not kept by itself: those that are kept are {self.class_epochs}')
         found = {}
         for o in self._by_class.values() if epoch is None else [self._by_class[epoch]]: _add_classes(found, 0, o)
         classes = (found[0][0] > 0).nonzero().flatten()

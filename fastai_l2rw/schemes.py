@@ -154,7 +154,7 @@ def _robust(dls, loss_func, meta_dl, **kwargs):
 @register_scheme('calibrated', learns=True, source='this package, after Ren et al., ICML 2018, and Saerens et al. 2002')
 @delegates(MetaReweightCallback)
 def _calibrated(dls, loss_func, meta_dl, **kwargs):
-    "how likely a label is right, balanced over the classes, and alignment with trusted examples as far as labels are wrong"
+    "how likely a label is right, balanced over the classes, beside trusted examples that count the more the more labels are wrong"
     class_counts(dls) # raises where there are no classes
     return dict(dls=dls, loss_func=loss_func, cbs=[MetaReweightCallback(meta_dl, **dict(calibrate=True) | kwargs)])
 

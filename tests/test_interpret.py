@@ -477,6 +477,16 @@ def test_plots_go_where_they_are_told(make_learner):
     assert {o.get_label() for o in interp.plot_weights(max_classes=2).lines} - {'as all others'} == set(interp.class_weights_by_epoch().iloc[-1].sort_values().index[[0, -1]])
     assert '3 of 4 classes' in interp.plot_weights(max_classes=3).get_title() and len(interp.plot_class_mass(max_classes=2).get_yticklabels()) == 2
 
+def test_classes_of_very_many_items(make_learner, monkeypatch):
+    "By epoch, from sums over the classes, as no epochs of single items are kept."
+    few = MetaInterpretation.from_learner(trained(make_learner)[0]).class_weights_by_epoch()
+    monkeypatch.setattr('fastai_l2rw.ledger.many_items', 10)
+    interp = MetaInterpretation.from_learner(trained(make_learner)[0])
+    assert interp.ledger.compact and interp.ledger.epochs == [] and interp.ledger.class_epochs == [0, 1]
+    many = interp.class_weights_by_epoch()
+    pd.testing.assert_frame_equal(many[few.columns], few, rtol=1e-4)
+    assert set(many.columns) == set(interp.vocab) and len(interp.plot_weights().lines) == len(few.columns) + 1
+
 def test_plain_training_alone_has_no_weights(make_learner):
     learn,spy = trained(make_learner, cb=MetaReweightCallback(start=5))
     interp = MetaInterpretation.from_learner(learn)

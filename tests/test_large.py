@@ -274,6 +274,7 @@ def test_a_stream_without_keys_is_weighed(kind):
 def test_items_of_a_stream_are_told_by_keys(kind, trusted_key):
     learn = make(kind, as_name, trusted_key)
     learn.fit(2)
+    with pytest.raises(ValueError, match=r'called by keys .*learn.meta_reweight.item_evidence\(\)'): MetaInterpretation.from_learner(learn)
     log = pd.DataFrame(learn.spy.log, columns=['item', 'weight', 'label']).groupby('item')
     df,seen = learn.meta_reweight.item_weights(),learn.meta_reweight.item_evidence()
     assert df.index.tolist() == [as_name(i) for i in parts[0]]
