@@ -26,7 +26,7 @@ class Shift(RandTransform):
         return torch.stack([o[:, i:i + h, j:j + w] for o,(i,j) in zip(padded, torch.randint(3, (len(x), 2)).tolist())])
 
 AUGMENTED = ('weighted sampler', 'robust', 'robust augmented', 'robust margin 3 augmented')
-NAMES = ('weighted sampler', 'reweighted', 'reweighted + sampler', 'robust', 'robust margin', 'robust margin 3', 'robust margin not relative', 'robust margin smooth')
+NAMES = ('weighted sampler', 'reweighted', 'reweighted + sampler', 'robust', 'robust margin', 'robust margin 3', 'robust margin not relative', 'calibrated')
 
 def score(name, lr, seed, epochs, augmented):
     "Balanced accuracy on test digits."

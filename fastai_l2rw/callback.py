@@ -28,7 +28,7 @@ from .losses import LearnerLosses
 from .quality import CalibratedWeigher
 from .ranks import Ranks
 from .trusted import DoubtedLabels, check_meta_dl
-from .weighers import AlignmentWeigher, LossWeigher, transforms_for
+from .weighers import AlignmentWeigher, LossWeigher
 
 # %% ../nbs/11_callback.ipynb #4c8df95a
 class _BeforePass(Callback):
@@ -68,7 +68,6 @@ class MetaReweightCallback(Callback):
         autocast:bool=False, # Compute the weights in bfloat16, too, where the Learner trains in it? Faster, and less exact
         on_zero:str='skip', # If no example of a batch helps: learn nothing from it ('skip') or weigh all alike ('uniform')
         relative:bool=False, # Divide each alignment by the length of the gradient of the example's loss at the model's output?
-        smooth:float=0., # Average each item's alignments over its visits, each counting `smooth` times as much as the next; below 1
         margin:float=0., # How far an example may pull against the trusted ones before its weight is zero, in units of the batch's mean
         calibrate:bool=False, # Weigh by how likely each label is right, and learn from trusted examples as well? For data with classes
         record:bool=True, # Keep what was seen of each item, for `item_weights` and `MetaInterpretation`?
@@ -81,7 +80,6 @@ class MetaReweightCallback(Callback):
         check_choices(engine=(engine, ('auto','forward','reverse')), lookahead=(lookahead, ('sgd','opt')),
             on_zero=(on_zero, ('skip','uniform')))
         check_whole_numbers(every=(every, 1), start=(start, 0))
-        if not 0 <= smooth < 1: raise ValueError(f'smooth={smooth!r} must be from 0 to below 1')
         if not margin >= 0: raise ValueError(f'margin={margin!r} must be 0 or more')
         if calibrate and skip_zeros: raise ValueError('skip_zeros=True leaves out examples with weight zero, and calibrate=True gives none: use one of them')
         store_attr(but='meta_dl') # which also keeps what it stores a second time, in what is exported
@@ -178,7 +176,7 @@ def make_weigher(self:MetaReweightCallback,
 )->AlignmentWeigher: # For a fit
     "How weights follow from alignments."
     weigher = CalibratedWeigher if self.calibrate else AlignmentWeigher
-    return weigher(transforms_for(self.relative, self.smooth, self.margin), self.every)
+    return weigher(self.relative, self.margin, self.every)
 
 # %% ../nbs/11_callback.ipynb #3018fce8
 @patch

@@ -212,7 +212,6 @@ class CalibratedWeigher(AlignmentWeigher):
         why:str|None, # Why it is not known which items are in a batch; `None` if it is
     ):
         "Raise `ValueError` if there is a reason."
-        super().check_items(why)
         if why: raise ValueError(f'calibrate=True needs to know which items are in a batch, and {why}. Or use calibrate=False')
 
     def pull(self,
@@ -250,7 +249,7 @@ class CalibratedWeigher(AlignmentWeigher):
 
     def state(self)->dict: # For `load`
         "What a checkpoint keeps."
-        return super().state() | ({} if self.quality is None else dict(quality=self.quality.state()))
+        return {} if self.quality is None else dict(quality=self.quality.state())
 
     def load(self,
         state:dict, # As `state` gave it
@@ -258,7 +257,6 @@ class CalibratedWeigher(AlignmentWeigher):
         resumed:bool, # Does the fit go on where another one was interrupted?
     ):
         "Go on from there, in a fit that was interrupted."
-        super().load(state, n_items, resumed)
         kept = state.get('quality')
         if not resumed or kept is None or 'now' not in kept or len(kept['log_probs']) != n_items: return
         self.quality = LabelQuality(*kept['log_probs'].shape, kept['log_probs'].device)

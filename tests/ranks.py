@@ -106,8 +106,9 @@ class NoSync(Callback):
         self.inside = None
 
 class Zeros:
-    "A transform: the last quarter of each batch of 16 gets no weight."
-    def __call__(self, u, step): return torch.where(step.items % 16 >= 12, -1, u)
+    "Weights of which the last quarter of each batch of 16 gets none."
+    def __init__(self, weights): self.weights = weights
+    def __call__(self, u, step, fit): return self.weights(torch.where(step.items % 16 >= 12, -1, u), step, fit)
 
 # ---- a training
 
@@ -164,7 +165,7 @@ def zeros(meta):
     make = cb.make_weigher
     def make_weigher(searching):
         weigher = make(searching)
-        weigher.transforms.append(Zeros())
+        weigher.weights = Zeros(weigher.weights)
         return weigher
     cb.make_weigher = make_weigher
     return cb
@@ -184,7 +185,6 @@ EVERYWHERE = { # in one, two and four processes
 HERE = { # in one and two
     'relative': lambda: trained(mlp, reweight(relative=True)),
     'margin': lambda: trained(mlp, reweight(margin=0.5)),
-    'smooth': lambda: trained(mlp, reweight(smooth=0.5), epochs=2, steps=10),
     'every=2': lambda: trained(mlp, reweight(every=2)),
     'params': lambda: trained(mlp, reweight(params=lambda m: m[-1].parameters())),
     'skip_zeros': lambda: trained(mlp, reweight(skip_zeros=True)),
@@ -220,7 +220,7 @@ def uneven():
 
 def resumed(out):
     "Two epochs, of which the first may be another number of processes' work."
-    def new(): return learner(mlp, reweight(smooth=0.5), n=160, opt=partial(SGD, mom=0.9), path=Path(out))
+    def new(): return learner(mlp, reweight(calibrate=True), n=160, opt=partial(SGD, mom=0.9), path=Path(out))
     learn,cb = new()
     before = dict(parameters=torch.zeros(0), item_weights=torch.zeros(0))
     if size == 1: fit(learn, 2)
@@ -391,7 +391,7 @@ def train_long(out):
     rank,size = int(os.environ['RANK']),int(os.environ['WORLD_SIZE'])
     torch.distributed.init_process_group('gloo')
     (out/f'pid{rank}').write_text(str(os.getpid()))
-    learn,cb = learner(mlp, reweight(smooth=0.5), [SaveModelCallback(every_epoch=True, with_opt=True, fname='each')], path=out)
+    learn,cb = learner(mlp, reweight(calibrate=True), [SaveModelCallback(every_epoch=True, with_opt=True, fname='each')], path=out)
     with learn.no_bar(), context(learn): learn.fit(10**6, 0.01, cbs=CSVLogger() if rank == 0 else None)
 
 if __name__ == '__main__':

@@ -283,20 +283,18 @@ def test_items_of_a_stream_are_told_by_keys(kind, trusted_key):
     assert learn.validate()[0] > 0
 
 def test_whole_numbers_are_positions():
-    "Then the stream is weighed as a list of the same items would be, smoothed, calibrated or not."
+    "Then the stream is weighed as a list of the same items would be, calibrated or not."
     place = {i: k for k,i in enumerate(dict.fromkeys(parts[0]))}
     learn = make(key=lambda i: place.get(i, 0), n_items=len(place))
     learn.fit(2)
     df = learn.meta_reweight.item_weights()
     assert df.index.tolist() == list(range(len(place)))
-    for kwargs in (dict(smooth=0.5), dict(calibrate=True)):
-        learn = make(key=lambda i: place.get(i, 0), n_items=len(place), **kwargs)
-        learn.remove_cbs(Spy)
-        learn.fit(2)
-        assert len(learn.meta_reweight.item_weights()) == len(place)
-    for kwargs,name in ((dict(smooth=0.5), 'smooth=0.5'), (dict(calibrate=True), 'calibrate=True')):
-        for key,words in ((as_name, 'ItemKeys their n_items'), (None, 'one after the other.*ItemKeys')):
-            with pytest.raises(ValueError, match=f'{name} needs to know which items.*{words}'): make(key=key, **kwargs).fit(1)
+    learn = make(key=lambda i: place.get(i, 0), n_items=len(place), calibrate=True)
+    learn.remove_cbs(Spy)
+    learn.fit(2)
+    assert len(learn.meta_reweight.item_weights()) == len(place)
+    for key,words in ((as_name, 'ItemKeys their n_items'), (None, 'one after the other.*ItemKeys')):
+        with pytest.raises(ValueError, match=f'calibrate=True needs to know which items.*{words}'): make(key=key, calibrate=True).fit(1)
 
 def test_a_function_gives_the_keys_and_leaves_the_batch():
     learn = make()

@@ -16,13 +16,13 @@ def pickled_tensors(path):
 
 def memory(learn): return next((s['meta_reweight'] for s in learn.opt.state.values() if 'meta_reweight' in s), None)
 
-@pytest.mark.parametrize('kwargs', [dict(smooth=0.9), dict(smooth=0.9, every=3), {}], ids=str)
+@pytest.mark.parametrize('kwargs', [dict(calibrate=True), dict(calibrate=True, every=3), {}], ids=str)
 def test_an_export_holds_nothing_of_the_training_items(make_learner, tmp_path, kwargs):
-    "Neither means nor the record: what is exported is as large as without the callback."
+    "Neither what is known of labels nor the record: what is exported is as large as without the callback."
     learn = make_learner(MetaReweightCallback(**kwargs), model=cnn(bn=False, p=0.))
     learn.fit(1)
     learn.export('ours.pkl')
-    assert ('running' in memory(learn)) == bool(kwargs), 'a checkpoint holds the means'
+    assert ('quality' in memory(learn)) == bool(kwargs), 'a checkpoint holds what is known of labels'
     plain = make_learner(model=cnn(bn=False, p=0.))
     plain.fit(1)
     plain.export('plain.pkl')
@@ -33,14 +33,14 @@ def test_an_export_holds_nothing_of_the_training_items(make_learner, tmp_path, k
     with loaded.no_bar(), loaded.no_logging(): loaded.fit(1)
     assert len(loaded.meta_reweight.item_weights())
 
-@pytest.mark.parametrize('make', [lambda: MetaReweightCallback(smooth=0.5), MetaWeightNetCallback], ids=['alignments', 'Meta-Weight-Net'])
+@pytest.mark.parametrize('make', [lambda: MetaReweightCallback(calibrate=True), MetaWeightNetCallback], ids=['calibrated', 'Meta-Weight-Net'])
 def test_checkpoints_keep_what_a_fit_needs_beside_callbacks_that_take_others_out(make_learner, make):
     "`FetchPredsCallback` takes ours out of the Learner for a while after each epoch, before `SaveModelCallback` writes."
     learn = make_learner([make(), FetchPredsCallback(), SaveModelCallback(every_epoch=True, with_opt=True)], model=cnn(bn=False, p=0.))
     learn.fit(2)
     saved = torch.load(learn.path/'models'/'model_1.pth', weights_only=False)['opt']
     left, = [s['meta_reweight'] for s in saved['state'] if 'meta_reweight' in s]
-    assert 'seed' in left and ('running' in left or 'net' in left)
+    assert 'seed' in left and ('quality' in left or 'net' in left)
     assert memory(learn) is not None
     cb = next(cb for cb in learn.cbs if isinstance(cb, MetaReweightCallback))
     learn.remove_cb(cb)
@@ -49,20 +49,19 @@ def test_checkpoints_keep_what_a_fit_needs_beside_callbacks_that_take_others_out
 def as_0_1_0_wrote(learn):
     "The entry of a checkpoint of version 0.1.0: a plain dictionary with these keys."
     left = memory(learn)
-    keys = dict(seed=int, running=dict) if 'running' in left else dict(seed=int, net=dict, net_opt=dict)
+    keys = dict(seed=int, net=dict, net_opt=dict) if 'net' in left else dict(seed=int)
     assert all(isinstance(left[k], kind) for k,kind in keys.items()) and set(left) == set(keys)
-    if 'running' in left: assert set(left['running']) == {'decay', 'sums', 'visits'}
-    return left
+    if 'net' in left: return left
+    return left | dict(running=dict(decay=0.9, sums=torch.rand(3), visits=torch.ones(3))) # of an option that it had
 
-@pytest.mark.parametrize('make', [lambda: MetaReweightCallback(smooth=0.5), MetaWeightNetCallback], ids=['alignments', 'Meta-Weight-Net'])
+@pytest.mark.parametrize('make', [MetaReweightCallback, MetaWeightNetCallback])
 def test_checkpoints_of_version_0_1_0_are_read(make_learner, make):
-    "Seed, means and weight net of an epoch come from the file, in the form that 0.1.0 gave them."
+    "Seed and weight net of an epoch come from the file, in the form that 0.1.0 gave them; what nobody needs any more is left there."
     learn = make_learner(make(), model=cnn(bn=False, p=0.))
     learn.fit(1)
     left = deepcopy({k: v for k,v in as_0_1_0_wrote(learn).items()})
     left['seed'] = 12345
-    if 'running' in left: left['running']['sums'] += 1.
-    else: left['net'] = {k: v + 1 for k,v in left['net'].items()}
+    if 'net' in left: left['net'] = {k: v + 1 for k,v in left['net'].items()}
     next(s for s in learn.opt.state.values() if 'meta_reweight' in s)['meta_reweight'] = left
     learn.save('old')
     other = make_learner(make(), model=cnn(bn=False, p=0.))
@@ -72,9 +71,7 @@ def test_checkpoints_of_version_0_1_0_are_read(make_learner, make):
         if self.iter == 0 and self.training: found.append(deepcopy(self.learn.cbs.filter(lambda cb: isinstance(cb, MetaReweightCallback))[0].this_fit.state()))
     other.fit(2, start_epoch=1, cbs=Callback(before_batch=look))
     assert found[0]['seed'] == 12345
-    if 'running' in left: torch.testing.assert_close(found[0]['running']['sums'], left['running']['sums'])
-    else:
-        for k,v in left['net'].items(): torch.testing.assert_close(found[0]['net'][k], v)
+    for k,v in left.get('net', {}).items(): torch.testing.assert_close(found[0]['net'][k], v)
 
 class Between(Callback):
     "A validation and predictions at the end of each epoch, and in the middle."

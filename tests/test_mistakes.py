@@ -82,7 +82,6 @@ MISTAKES = {
     'parameters and no function': (lambda p: MetaReweightCallback(params=cnn()[-1].parameters()), TypeError, 'params is a generator',
         'lambda model: model[-1].parameters()'),
     'half a step': (lambda p: MetaReweightCallback(every=0.5), ValueError, 'every=0.5', 'a whole number, 1 or more'),
-    'all of the past': (lambda p: MetaReweightCallback(smooth=1), ValueError, 'smooth=1', 'from 0 to below 1'),
     'a rate below zero': (lambda p: MetaWeightNetCallback(net_lr=-1e-3), ValueError, 'net_lr=-0.001', 'above 0'),
     'an unknown scheme': (lambda p: weighting_scheme('sampler', two()), ValueError, "scheme='sampler' is unknown", "'weighted sampler'"),
     'an option of another scheme': (lambda p: weighting_scheme('robust', two(), beta=0.9), TypeError, 'does not take beta', 'engine'),

@@ -40,7 +40,7 @@ def test_a_star_brings_what_users_need():
     import fastai_l2rw.all as everything
     for name in """forked_random derived_seed virtual_pass item_losses meta_gradient weighted_gradient scale_gradient NoForwardDerivative alignment
         rectify normalise effective_sample_size example_weights unrolled_weights virtual_step check_lookahead output_gradient_norms
-        relative_alignments RunningAlignments in_mean_units MetaReweightCallback weighting_schemes robust_options class_counts class_weights
+        relative_alignments in_mean_units MetaReweightCallback weighting_schemes robust_options class_counts class_weights
         weighted_sampler MetaWeightNetCallback weighting_scheme ClassRecall BalancedAccuracy MetaSplitter BalancedSplitter PartSplitter
         hold_out_meta show_distribution imbalance label_noise open_rgb OpenRGB CategorizeColumn check_images labels_from_csv cifar10_table cifar10n
         OpenDecoded DecodedDL WeightedDecodedDL ShiftFlip cifar10_block cifar10_dls verify ham10000_table CropResize lesion_tfms ham10000_block

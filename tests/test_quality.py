@@ -243,7 +243,7 @@ def test_nothing_of_it_is_exported():
     bare.__setstate__(cb.__getstate__())
     assert bare.calibrate and bare.label_quality() is None and bare.calibration() is None
 
-@pytest.mark.parametrize('options', [dict(every=2), dict(relative=True), dict(smooth=0.5), dict(margin=0.5),
+@pytest.mark.parametrize('options', [dict(every=2), dict(relative=True), dict(margin=0.5),
     dict(lookahead='opt'), dict(engine='reverse'), dict(start=1), dict(record=False), dict(params=lambda m: m[-1].parameters())], ids=lambda o: next(iter(o)))
 def test_other_options_go_with_it(options):
     learn = make_learner(**options)

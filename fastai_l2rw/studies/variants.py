@@ -21,14 +21,12 @@ variants = {o: dict(scheme=o) for o in _schemes} | {
     'reweighted every 4': dict(scheme='reweighted', kwargs=dict(every=4)),
     'reweighted head': dict(scheme='reweighted', head=True),
     'reweighted relative': dict(scheme='reweighted', kwargs=dict(relative=True)),
-    'reweighted smooth': dict(scheme='reweighted', kwargs=dict(smooth=0.9)),
     'reweighted margin': dict(scheme='reweighted', kwargs=dict(margin=1.)),
     'robust margin': dict(scheme='robust', kwargs=dict(margin=1.)),
     'robust margin 3': dict(scheme='robust', kwargs=dict(margin=3.)),
     'robust augmented': dict(scheme='robust', kwargs=dict(augment=True)),
     'robust margin 3 augmented': dict(scheme='robust', kwargs=dict(margin=3., augment=True)),
     'robust margin not relative': dict(scheme='robust', kwargs=dict(relative=False, margin=1.)),
-    'robust margin smooth': dict(scheme='robust', kwargs=dict(margin=1., smooth=0.9)),
 }
 
 default_schemes = *_schemes,'trusted alone'
