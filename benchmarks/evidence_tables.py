@@ -199,7 +199,7 @@ PROTOCOL = ('A head with one hidden layer on features that a pretrained Efficien
 TUNED_SAYS = (f"The last four blocks and the last convolution of the network are trained as well, by fastai's `fine_tune`: one epoch of the head alone, {TUNED_EPOCHS} of "
     'both, with Adam and a rate of 0.003. What comes before these blocks stays as it was pretrained, batch norm included.')
 STATIC_SAYS = ('*Static* schemes take no trusted examples: ' + ', '.join(STATIC) + '. The best of them, and the best rival, are '
-    'chosen by these means, setting by setting. That is more than a user could do, and is in their favour. *Gap closed*: how far the '
+    'chosen by these means, setting by setting, of those that have all seeds. That is more than a user could do, and is in their favour. *Gap closed*: how far the '
     'preset comes on the way from the best static scheme to training on the right labels alone. Differences are paired by the seed, with '
     "their 95 % confidence interval by Student's t.")
 RIVALS_SAY = ('Rivals are in [studies.rivals](../../nbs/37_studies.rivals.ipynb), with their sources. *Small losses* is told the share of '
