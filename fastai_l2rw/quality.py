@@ -58,13 +58,14 @@ def label_quality(
     quality,suggested = _judged(log_probs, labels, trusted_log_probs, trusted_labels)
     return pd.DataFrame(dict(label_quality=quality.cpu().numpy(), suggested=suggested.cpu().numpy()))
 
-def _judged(log_probs, labels, trusted_log_probs, trusted_labels):
-    "As `label_quality`, in tensors."
+def _judged(log_probs, labels, trusted_log_probs, trusted_labels, believed=1.):
+    "As `label_quality`, in tensors; `believed` is how much of the sharpness counts."
     check_labelled('log_probs', log_probs, 'labels', labels)
     check_labelled('trusted_log_probs', trusted_log_probs, 'trusted_labels', trusted_labels)
     if log_probs.shape[1] != trusted_log_probs.shape[1]: raise ValueError(
         f'log_probs has {log_probs.shape[1]} classes and trusted_log_probs {trusted_log_probs.shape[1]}: give both of the same model')
-    classes = true_classes(sharpness(trusted_log_probs, trusted_labels)*log_probs.detach().float(), labels.long())
+    scale = believed*sharpness(trusted_log_probs, trusted_labels)
+    classes = true_classes(scale*log_probs.detach().float(), labels.long())
     return classes.gather(1, labels.long()[:, None])[:, 0], classes.argmax(1)
 
 def check_labelled(
@@ -97,7 +98,7 @@ class LabelQuality:
         self.log_probs,self.visits = torch.zeros(n_items, n_classes, device=device),torch.zeros(n_items, device=device)
         self.labels = torch.full((n_items,), -1, device=device)
         self.now = torch.full((n_items,), torch.nan, device=device) # the probability that the label is right, by the last judgement
-        self.quality,self.suggested = self.now.clone(),self.labels.clone() # its mean over the epochs, and the likeliest class
+        self.quality,self.suggested = self.now.clone(),self.labels.clone() # what is shown, a mean over the epochs, and the likeliest class
         self.of_trusted = None # log-probabilities and labels of trusted examples, of the last judgement
         self.by_class = self.trusted_by_class = None # what a right label counts, and what a trusted example does
         self.taught = 0. # what trusted examples count together, of all
@@ -125,10 +126,12 @@ class LabelQuality:
         "Find how likely each label is right; raises `ValueError` if trusted examples have other classes."
         at,said = self.said()
         if not len(at): return
-        self.now[at],self.suggested[at] = _judged(said, self.labels[at], trusted_log_probs, trusted_labels)
-        before = torch.where(self.quality[at].isnan(), self.now[at], self.quality[at])
+        what = said,self.labels[at],trusted_log_probs,trusted_labels
+        self.now[at],_ = _judged(*what)
+        shown,self.suggested[at] = _judged(*what, believed=0.5)
+        before = torch.where(self.quality[at].isnan(), shown, self.quality[at])
         self.n_judged += 1
-        self.quality[at] = before + (self.now[at] - before)*2/(self.n_judged + 1)
+        self.quality[at] = before + (shown - before)*2/(self.n_judged + 1)
         self.share,self.of_trusted = float(self.now[at].mean()),(trusted_log_probs.cpu(), trusted_labels.cpu())
         n_classes = said.shape[1]
         def by_class(labels, numbers): return torch.zeros_like(said[0]).index_add(0, labels, numbers.to(said))

@@ -145,6 +145,23 @@ def test_weights_are_what_follows_from_the_passes():
         for p,g in zip(model.parameters(), found): torch.testing.assert_close(g, p.grad, rtol=1e-4, atol=1e-6)
         assert loss == pytest.approx((c@on_trusted/c.sum()).item(), rel=1e-5)
 
+def test_the_quality_that_is_shown():
+    "A mean over the judgements, each in proportion to its number, by half of the sharpness; weights go by the last, with all of it."
+    torch.manual_seed(0)
+    seen,labels,trusted,shown = LabelQuality(60, 3),torch.randint(3, (60,)),torch.arange(12) % 3,[]
+    for n in (1, 2, 3):
+        output,of_trusted = torch.randn(60, 3) + n*F.one_hot(labels, 3),(torch.randn(12, 3) + 2*F.one_hot(trusted, 3)).log_softmax(1)
+        seen.see(torch.arange(60), output, labels)
+        seen.judge(of_trusted, trusted)
+        def judged(believed):
+            p = (believed*sharpness(of_trusted, trusted)*output.double().log_softmax(1)).exp().numpy()
+            return em(p, labels.tolist(), 0.8, 5., 50)
+        shown.append(judged(0.5))
+    want = (shown[0] + 2*shown[1] + 3*shown[2])/6
+    np.testing.assert_allclose(seen.table().label_quality, want[np.arange(60), labels], atol=1e-5)
+    np.testing.assert_allclose(seen.now, judged(1.)[np.arange(60), labels], atol=1e-5)
+    assert seen.table().suggested.tolist() == shown[2].argmax(1).tolist()
+
 @pytest.mark.parametrize('counts, worth', [([600, 300], None), ([600, 0], 1.)])
 def test_what_a_trusted_example_is_worth(counts, worth):
     "A class without items is learned from trusted examples alone; one with many is hardly changed by them; each class counts the same."
@@ -160,17 +177,6 @@ def test_what_a_trusted_example_is_worth(counts, worth):
     assert of_trusted[0] == pytest.approx(6/606, rel=0.15) and of_trusted[1] == pytest.approx(worth or 3/303, rel=0.15)
     assert seen.taught == pytest.approx(np.mean(of_trusted), rel=1e-4)
 
-def test_later_epochs_count_more():
-    "The quality that is shown is the mean of 1 x the first, 2 x the second and 3 x the third judgement."
-    torch.manual_seed(0)
-    seen,now = LabelQuality(6, 2),[]
-    for said in torch.randn(3, 6, 2):
-        seen.see(torch.arange(6), said, torch.tensor([0, 0, 0, 1, 1, 1]))
-        seen.judge(torch.tensor([[-0.1, -2.], [-2., -0.1]]), torch.tensor([0, 1]))
-        now.append(seen.now.clone())
-    assert (now[0] - now[2]).abs().max() > 0.1
-    torch.testing.assert_close(seen.quality, (now[0] + 2*now[1] + 3*now[2])/6)
-
 def test_wrong_labels_are_found():
     learn = fit(make_learner(), 12, 0.1)
     found = learn.meta_reweight.label_quality()
@@ -178,7 +184,7 @@ def test_wrong_labels_are_found():
     auc = roc_auc_score(WRONG, -found.label_quality)
     weights = learn.meta_reweight.item_weights().weight
     assert auc > 0.93 and auc > roc_auc_score(WRONG, -weights[found.index]) - 0.02
-    assert abs(found.label_quality.mean() - (~WRONG).mean()) < 0.1
+    assert abs(found.label_quality.mean() - (~WRONG).mean()) < 0.15
     right = found.suggested.to_numpy() == Y[TRAIN]
     assert right[WRONG].mean() > 0.7 and right[~WRONG].mean() > 0.85
     table = MetaInterpretation.from_learner(learn).table('label_quality')
