@@ -127,8 +127,8 @@ class LabelQuality:
         at,said = self.said()
         if not len(at): return
         what = said,self.labels[at],trusted_log_probs,trusted_labels
-        self.now[at],_ = _judged(*what)
-        shown,self.suggested[at] = _judged(*what, believed=0.5)
+        self.now[at],self.suggested[at] = _judged(*what)
+        shown,_ = _judged(*what, believed=0.5)
         before = torch.where(self.quality[at].isnan(), shown, self.quality[at])
         self.n_judged += 1
         self.quality[at] = before + (shown - before)*2/(self.n_judged + 1)

@@ -160,7 +160,7 @@ def test_the_quality_that_is_shown():
     want = (shown[0] + 2*shown[1] + 3*shown[2])/6
     np.testing.assert_allclose(seen.table().label_quality, want[np.arange(60), labels], atol=1e-5)
     np.testing.assert_allclose(seen.now, judged(1.)[np.arange(60), labels], atol=1e-5)
-    assert seen.table().suggested.tolist() == shown[2].argmax(1).tolist()
+    assert seen.table().suggested.tolist() == judged(1.).argmax(1).tolist()
 
 @pytest.mark.parametrize('counts, worth', [([600, 300], None), ([600, 0], 1.)])
 def test_what_a_trusted_example_is_worth(counts, worth):
