@@ -127,8 +127,9 @@ class LabelQuality:
         at,said = self.said()
         if not len(at): return
         what = said,self.labels[at],trusted_log_probs,trusted_labels
-        self.now[at],self.suggested[at] = _judged(*what)
         shown,_ = _judged(*what, believed=0.5)
+        sharp,self.suggested[at] = _judged(*what)
+        self.now[at] = sharp.lerp(shown, min(max(4*float(shown.mean()) - 3, 0.), 1.))
         before = torch.where(self.quality[at].isnan(), shown, self.quality[at])
         self.n_judged += 1
         self.quality[at] = before + (shown - before)*2/(self.n_judged + 1)

@@ -146,11 +146,13 @@ def test_weights_are_what_follows_from_the_passes():
         assert loss == pytest.approx((c@on_trusted/c.sum()).item(), rel=1e-5)
 
 def test_the_quality_that_is_shown():
-    "A mean over the judgements, each in proportion to its number, by half of the sharpness; weights go by the last, with all of it."
+    """A mean over the judgements, each in proportion to its number, by half of the sharpness; weights go by the last, with all of it where
+    many labels are wrong."""
     torch.manual_seed(0)
     seen,labels,trusted,shown = LabelQuality(60, 3),torch.randint(3, (60,)),torch.arange(12) % 3,[]
+    truth = (labels + torch.arange(60) % 2) % 3 # every second label is wrong
     for n in (1, 2, 3):
-        output,of_trusted = torch.randn(60, 3) + n*F.one_hot(labels, 3),(torch.randn(12, 3) + 2*F.one_hot(trusted, 3)).log_softmax(1)
+        output,of_trusted = torch.randn(60, 3) + n*F.one_hot(truth, 3),(torch.randn(12, 3) + 2*F.one_hot(trusted, 3)).log_softmax(1)
         seen.see(torch.arange(60), output, labels)
         seen.judge(of_trusted, trusted)
         def judged(believed):
@@ -161,6 +163,20 @@ def test_the_quality_that_is_shown():
     np.testing.assert_allclose(seen.table().label_quality, want[np.arange(60), labels], atol=1e-5)
     np.testing.assert_allclose(seen.now, judged(1.)[np.arange(60), labels], atol=1e-5)
     assert seen.table().suggested.tolist() == judged(1.).argmax(1).tolist()
+
+@pytest.mark.parametrize('wrong, mixed', [(0., (0.9, 1.)), (0.12, (0.2, 0.8)), (0.5, (0., 0.))])
+def test_weights_go_by_half_of_the_sharpness_where_labels_are_right(wrong, mixed):
+    torch.manual_seed(0)
+    seen,labels,trusted = LabelQuality(600, 3),torch.randint(3, (600,)),torch.arange(12) % 3
+    truth = (labels + (torch.rand(600) < wrong)) % 3
+    seen.see(torch.arange(600), torch.randn(600, 3) + 6*F.one_hot(truth, 3), labels)
+    seen.judge((torch.randn(12, 3) + 2*F.one_hot(trusted, 3)).log_softmax(1), trusted)
+    at,said = seen.said()
+    sharp = label_quality(said, labels, *seen.of_trusted).label_quality.to_numpy()
+    share = seen.quality.mean().item()
+    t = max(0, 4*share - 3)
+    assert mixed[0] <= t <= mixed[1] and seen.share == pytest.approx(seen.now.mean().item())
+    np.testing.assert_allclose(seen.now, t*seen.quality + (1 - t)*sharp, atol=1e-5)
 
 @pytest.mark.parametrize('counts, worth', [([600, 300], None), ([600, 0], 1.)])
 def test_what_a_trusted_example_is_worth(counts, worth):
