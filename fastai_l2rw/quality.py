@@ -55,17 +55,21 @@ def label_quality(
     trusted_labels:Tensor, # Their labels, shape (m,)
 )->pd.DataFrame: # A row for each item: `label_quality`, the probability that its label is right, and `suggested`, the likeliest class
     "How likely each label is right; raises `ValueError` for shapes or labels that do not fit."
-    quality,suggested = _judged(log_probs, labels, trusted_log_probs, trusted_labels)
+    scale = _sharpness(log_probs, labels, trusted_log_probs, trusted_labels)
+    quality,suggested = _judged(scale*log_probs.detach().float(), labels)
     return pd.DataFrame(dict(label_quality=quality.cpu().numpy(), suggested=suggested.cpu().numpy()))
 
-def _judged(log_probs, labels, trusted_log_probs, trusted_labels, believed=1.):
-    "As `label_quality`, in tensors; `believed` is how much of the sharpness counts."
+def _sharpness(log_probs, labels, trusted_log_probs, trusted_labels):
+    "The sharpness, of what fits."
     check_labelled('log_probs', log_probs, 'labels', labels)
     check_labelled('trusted_log_probs', trusted_log_probs, 'trusted_labels', trusted_labels)
     if log_probs.shape[1] != trusted_log_probs.shape[1]: raise ValueError(
         f'log_probs has {log_probs.shape[1]} classes and trusted_log_probs {trusted_log_probs.shape[1]}: give both of the same model')
-    scale = believed*sharpness(trusted_log_probs, trusted_labels)
-    classes = true_classes(scale*log_probs.detach().float(), labels.long())
+    return sharpness(trusted_log_probs, trusted_labels)
+
+def _judged(evidence, labels):
+    "The probability that each label is right, and the likeliest class."
+    classes = true_classes(evidence, labels.long())
     return classes.gather(1, labels.long()[:, None])[:, 0], classes.argmax(1)
 
 def check_labelled(
@@ -87,7 +91,7 @@ def check_labelled(
 # %% ../nbs/08a_quality.ipynb #4f47899f
 class LabelQuality:
     "What a model says of each training item at its visits, and how likely each label is right."
-    names = 'log_probs', 'visits', 'labels', 'now', 'quality', 'suggested' # tensors, one row an item
+    names = 'log_probs', 'visits', 'labels', 'now', 'mean', 'evidence', 'quality', 'suggested' # tensors, one row an item
     def __init__(self,
         n_items:int, # Number of training items
         n_classes:int, # Number of classes
@@ -98,7 +102,8 @@ class LabelQuality:
         self.log_probs,self.visits = torch.zeros(n_items, n_classes, device=device),torch.zeros(n_items, device=device)
         self.labels = torch.full((n_items,), -1, device=device)
         self.now = torch.full((n_items,), torch.nan, device=device) # the probability that the label is right, by the last judgement
-        self.quality,self.suggested = self.now.clone(),self.labels.clone() # what is shown, a mean over the epochs, and the likeliest class
+        self.mean,self.evidence = self.now.clone(),self.log_probs.clone() # means over the judgements: of probabilities, of sharpened logarithms
+        self.quality,self.suggested = self.now.clone(),self.labels.clone() # what is shown, and the likeliest class
         self.of_trusted = None # log-probabilities and labels of trusted examples, of the last judgement
         self.by_class = self.trusted_by_class = None # what a right label counts, and what a trusted example does
         self.taught = 0. # what trusted examples count together, of all
@@ -126,13 +131,18 @@ class LabelQuality:
         "Find how likely each label is right; raises `ValueError` if trusted examples have other classes."
         at,said = self.said()
         if not len(at): return
-        what = said,self.labels[at],trusted_log_probs,trusted_labels
-        shown,_ = _judged(*what, believed=0.5)
-        sharp,self.suggested[at] = _judged(*what)
+        labels = self.labels[at]
+        evidence = _sharpness(said, labels, trusted_log_probs, trusted_labels)*said
+        shown,_ = _judged(evidence/2, labels)
+        sharp,self.suggested[at] = _judged(evidence, labels)
         self.now[at] = sharp.lerp(shown, min(max(4*float(shown.mean()) - 3, 0.), 1.))
-        before = torch.where(self.quality[at].isnan(), shown, self.quality[at])
         self.n_judged += 1
-        self.quality[at] = before + (shown - before)*2/(self.n_judged + 1)
+        before = self.mean[at]
+        new = before.isnan()
+        self.mean[at] = torch.where(new, shown, before + (shown - before)/self.n_judged)
+        self.evidence[at] = torch.where(new[:, None], evidence, self.evidence[at].lerp(evidence, 1/self.n_judged))
+        order = _judged(self.evidence[at]/3, labels)[0].argsort(stable=True)
+        self.quality[at[order]] = self.mean[at].sort()[0]
         self.share,self.of_trusted = float(self.now[at].mean()),(trusted_log_probs.cpu(), trusted_labels.cpu())
         n_classes = said.shape[1]
         def by_class(labels, numbers): return torch.zeros_like(said[0]).index_add(0, labels, numbers.to(said))

@@ -146,23 +146,23 @@ def test_weights_are_what_follows_from_the_passes():
         assert loss == pytest.approx((c@on_trusted/c.sum()).item(), rel=1e-5)
 
 def test_the_quality_that_is_shown():
-    """A mean over the judgements, each in proportion to its number, by half of the sharpness; weights go by the last, with all of it where
-    many labels are wrong."""
+    """The values of the mean of the judgements by half of the sharpness, in the order of the judgement by the mean of the evidence; weights go
+    by the last one, with all of the sharpness where many labels are wrong."""
     torch.manual_seed(0)
-    seen,labels,trusted,shown = LabelQuality(60, 3),torch.randint(3, (60,)),torch.arange(12) % 3,[]
+    seen,labels,trusted,shown,evidence = LabelQuality(60, 3),torch.randint(3, (60,)),torch.arange(12) % 3,[],[]
     truth = (labels + torch.arange(60) % 2) % 3 # every second label is wrong
+    def judged(evidence): return em(np.exp(evidence), labels.tolist(), 0.8, 5., 50)
     for n in (1, 2, 3):
         output,of_trusted = torch.randn(60, 3) + n*F.one_hot(truth, 3),(torch.randn(12, 3) + 2*F.one_hot(trusted, 3)).log_softmax(1)
         seen.see(torch.arange(60), output, labels)
         seen.judge(of_trusted, trusted)
-        def judged(believed):
-            p = (believed*sharpness(of_trusted, trusted)*output.double().log_softmax(1)).exp().numpy()
-            return em(p, labels.tolist(), 0.8, 5., 50)
-        shown.append(judged(0.5))
-    want = (shown[0] + 2*shown[1] + 3*shown[2])/6
-    np.testing.assert_allclose(seen.table().label_quality, want[np.arange(60), labels], atol=1e-5)
-    np.testing.assert_allclose(seen.now, judged(1.)[np.arange(60), labels], atol=1e-5)
-    assert seen.table().suggested.tolist() == judged(1.).argmax(1).tolist()
+        evidence.append(sharpness(of_trusted, trusted)*output.double().log_softmax(1).numpy())
+        shown.append(judged(evidence[-1]/2)[np.arange(60), labels])
+    values,by = sorted(np.mean(shown, 0)),judged(np.mean(evidence, 0)/3)[np.arange(60), labels]
+    want = [values[(by < o).sum()] for o in by]
+    np.testing.assert_allclose(seen.table().label_quality, want, atol=1e-5)
+    np.testing.assert_allclose(seen.now, judged(evidence[-1])[np.arange(60), labels], atol=1e-5)
+    assert seen.table().suggested.tolist() == judged(evidence[-1]).argmax(1).tolist()
 
 @pytest.mark.parametrize('wrong, mixed', [(0., (0.9, 1.)), (0.12, (0.2, 0.8)), (0.5, (0., 0.))])
 def test_weights_go_by_half_of_the_sharpness_where_labels_are_right(wrong, mixed):
@@ -176,7 +176,7 @@ def test_weights_go_by_half_of_the_sharpness_where_labels_are_right(wrong, mixed
     share = seen.quality.mean().item()
     t = max(0, 4*share - 3)
     assert mixed[0] <= t <= mixed[1] and seen.share == pytest.approx(seen.now.mean().item())
-    np.testing.assert_allclose(seen.now, t*seen.quality + (1 - t)*sharp, atol=1e-5)
+    np.testing.assert_allclose(seen.now, t*seen.mean + (1 - t)*sharp, atol=1e-5)
 
 @pytest.mark.parametrize('counts, worth', [([600, 300], None), ([600, 0], 1.)])
 def test_what_a_trusted_example_is_worth(counts, worth):
