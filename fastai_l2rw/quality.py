@@ -140,7 +140,7 @@ class LabelQuality:
         before = self.mean[at]
         new = before.isnan()
         self.mean[at] = torch.where(new, shown, before + (shown - before)/self.n_judged)
-        self.evidence[at] = torch.where(new[:, None], evidence, self.evidence[at].lerp(evidence, 1/self.n_judged))
+        self.evidence[at] = torch.where(new[:, None], evidence, self.evidence[at].lerp(evidence, 2/(self.n_judged + 1)))
         order = _judged(self.evidence[at]/3, labels)[0].argsort(stable=True)
         self.quality[at[order]] = self.mean[at].sort()[0]
         self.share,self.of_trusted = float(self.now[at].mean()),(trusted_log_probs.cpu(), trusted_labels.cpu())

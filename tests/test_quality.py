@@ -158,7 +158,7 @@ def test_the_quality_that_is_shown():
         seen.judge(of_trusted, trusted)
         evidence.append(sharpness(of_trusted, trusted)*output.double().log_softmax(1).numpy())
         shown.append(judged(evidence[-1]/2)[np.arange(60), labels])
-    values,by = sorted(np.mean(shown, 0)),judged(np.mean(evidence, 0)/3)[np.arange(60), labels]
+    values,by = sorted(np.mean(shown, 0)),judged(np.average(evidence, axis=0, weights=[1, 2, 3])/3)[np.arange(60), labels]
     want = [values[(by < o).sum()] for o in by]
     np.testing.assert_allclose(seen.table().label_quality, want, atol=1e-5)
     np.testing.assert_allclose(seen.now, judged(evidence[-1])[np.arange(60), labels], atol=1e-5)
