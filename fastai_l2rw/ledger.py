@@ -1087,10 +1087,10 @@ def check_room(
     much:float=2e9, # Number of bytes from which on one should know
 ):
     "Warn if `calibrate=True` is going to need much memory; raise `ValueError` if it is more than there is."
-    kept = n_items*(4*n_classes + 24)
+    kept = n_items*(8*n_classes + 32)
     if kept < much: return
-    there_is,needed = memory_of(device),5*kept
-    what = (f'calibrate=True keeps a number for each of {n_classes} classes and {n_items:,} items, {kept/1e9:.1f} GB '
+    there_is,needed = memory_of(device),4*kept
+    what = (f'calibrate=True keeps two numbers for each of {n_classes} classes and {n_items:,} items, {kept/1e9:.1f} GB '
         f'on the device {device}, and needs {needed/1e9:.1f} GB while it judges the labels after an epoch')
     if needed > there_is: raise ValueError(f'{what}, which has {there_is/1e9:.1f} GB: use calibrate=False, or fewer items')
     warnings.warn(f'{what}. Use calibrate=False if that is too much.')

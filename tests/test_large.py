@@ -382,9 +382,9 @@ def test_calibrating_says_what_it_needs(monkeypatch):
     "And does not begin what can't end well."
     monkeypatch.setattr('fastai_l2rw.ledger.memory_of', lambda device: 64e9)
     check_room(10**7, 10)
-    with pytest.warns(UserWarning, match=r'100 classes and 10,000,000 items, 4.2 GB on the device cpu, and needs 21.2 GB while it judges'):
+    with pytest.warns(UserWarning, match=r'100 classes and 10,000,000 items, 8.3 GB on the device cpu, and needs 33.3 GB while it judges'):
         check_room(10**7, 100)
-    with pytest.raises(ValueError, match='1000 classes and 10,000,000 items, 40.2 GB .*, which has 64.0 GB: use calibrate=False'):
+    with pytest.raises(ValueError, match='1000 classes and 10,000,000 items, 80.3 GB .*, which has 64.0 GB: use calibrate=False'):
         check_room(10**7, 1000)
     learn = make(key=lambda i: i, n_items=10**10, calibrate=True)
     learn.dls.vocab = ['a', 'b', 'c', 'd']
