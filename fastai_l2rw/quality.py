@@ -102,7 +102,7 @@ class LabelQuality:
         self.log_probs,self.visits = torch.zeros(n_items, n_classes, device=device),torch.zeros(n_items, device=device)
         self.labels = torch.full((n_items,), -1, device=device)
         self.now = torch.full((n_items,), torch.nan, device=device) # the probability that the label is right, by the last judgement
-        self.mean,self.evidence = self.now.clone(),self.log_probs.clone() # means over the judgements: of probabilities, of sharpened logarithms
+        self.mean,self.evidence = self.now.clone(),self.log_probs.clone() # over the judgements: of probabilities, of logarithms
         self.quality,self.suggested = self.now.clone(),self.labels.clone() # what is shown, and the likeliest class
         self.of_trusted = None # log-probabilities and labels of trusted examples, of the last judgement
         self.by_class = self.trusted_by_class = None # what a right label counts, and what a trusted example does

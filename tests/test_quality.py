@@ -146,8 +146,8 @@ def test_weights_are_what_follows_from_the_passes():
         assert loss == pytest.approx((c@on_trusted/c.sum()).item(), rel=1e-5)
 
 def test_the_quality_that_is_shown():
-    """The values of the mean of the judgements by half of the sharpness, in the order of the judgement by the mean of the evidence; weights go
-    by the last one, with all of the sharpness where many labels are wrong."""
+    """Values are the mean of the judgements by half of the sharpness, in the order of the mean evidence; weights go by the last judgement,
+    with all of the sharpness where many labels are wrong."""
     torch.manual_seed(0)
     seen,labels,trusted,shown,evidence = LabelQuality(60, 3),torch.randint(3, (60,)),torch.arange(12) % 3,[],[]
     truth = (labels + torch.arange(60) % 2) % 3 # every second label is wrong
