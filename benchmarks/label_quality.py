@@ -25,6 +25,7 @@ from torch import nn
 from evidence import BS, EPOCHS, FROZEN_BLOCKS, HIDDEN, LR, SETTINGS, Features, FeaturesDL, OnlyTrain, read_data, split
 from fastai_l2rw.all import *
 from fastai_l2rw.data.ham10000 import ham10000_images
+from fastai_l2rw.quality import recalibrated
 
 WRONG = ('HAM10000, 40 % uniform', 'HAM10000, 40 % to the next class', 'HAM10000, 40 % uniform, 3 trusted', 'CIFAR-10, balanced, 40 % uniform',
     'CIFAR-10, balanced, 40 % to the next class', 'CIFAR-10, one class 20 times, 40 % uniform', 'CIFAR-10N worse, balanced',
@@ -87,6 +88,19 @@ def reliability(quality, right):
     shown = {f'{10*k} to {10*k + 10} %': v for k,v in gaps.items() if (tenth == k).sum() >= 50}
     return shown | {'mean error': sum(abs(v)*(tenth == k).mean() for k,v in gaps.items())}
 
+def after_checks(quality, labels, right, seed, n=200, n_draws=10):
+    """When `n` items are drawn and their labels checked: quality of the others minus the share of right labels in each tenth of these, from the most
+    suspicious on, in %; and the mean error, as before. Means over draws."""
+    rows = []
+    for draw in range(n_draws):
+        checked = np.random.default_rng([seed, draw]).permutation(len(right))[:min(n, len(right)//2)]
+        new = recalibrated(torch.as_tensor(quality), torch.as_tensor(labels), torch.as_tensor(checked), torch.as_tensor(right[checked])).numpy()
+        others = np.setdiff1d(np.arange(len(right)), checked)
+        others = others[np.argsort(new[others], kind='stable')]
+        gaps = [100*(new[o].mean() - right[o].mean()) for o in np.array_split(others, 10)]
+        rows.append({f'tenth {k + 1}': v for k,v in enumerate(gaps)} | {'mean error': reliability(new[others], right[others])['mean error']})
+    return pd.DataFrame(rows).mean().to_dict()
+
 def cross_validated(X, y, items, given, trusted, seed, epochs):
     "cleanlab's score, by plain training on four fifths of the items each time."
     from cleanlab.rank import get_label_quality_scores
@@ -104,6 +118,7 @@ def one(X, y, parts, seed, epochs, cleanlab):
     quality = learn.meta_reweight.label_quality().label_quality.reindex(range(len(items)), fill_value=0.5).to_numpy()
     rows = [dict(table='share', what=k, value=100*v.mean()) for k,v in (('right',right), ('found',quality))]
     rows += [dict(table='reliability', what=k, value=v) for k,v in reliability(quality, right).items()]
+    rows += [dict(table='checked', what=k, value=v) for k,v in after_checks(quality, given[items], right, seed).items()]
     if right.all(): return rows
     scores['label quality'] = 1 - quality
     seen = MetaInterpretation.from_learner(train(X, y, items, given, trusted, seed, epochs, False)).table()
@@ -131,6 +146,13 @@ def report(df, command):
         g = df[df.setting == setting]
         def cell(table, what): return spread(g[(g.table == table) & (g.what == what)].value)
         cells = [cell('share', 'right'), cell('share', 'found'), cell('reliability', 'mean error'), *(cell('reliability', o) for o in tenths)]
+        lines.append(f'| {setting} | ' + ' | '.join(cells) + ' |')
+    lines += ['', '## And after a look at 200 labels?', '', 'Of 200 items, drawn at random, it is known whether the label is right (`MetaInterpretation.calibrate`). Mean quality minus '
+        'share of right labels in each tenth of the other items, from the most suspicious to the least; and the mean error as above. Means of ten draws in each seed.', '',
+        '| | mean error | ' + ' | '.join(f'{k + 1}.' for k in range(10)) + ' |', '|---'*12 + '|']
+    for setting in settings:
+        g = df[(df.setting == setting) & (df.table == 'checked')]
+        cells = [spread(g[g.what == o].value) for o in ('mean error', *(f'tenth {k + 1}' for k in range(10)))]
         lines.append(f'| {setting} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines) + '\n'
 

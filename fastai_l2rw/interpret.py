@@ -29,6 +29,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 
 from .callback import MetaReweightCallback
+from .quality import recalibrated
 from .data.core import item_labels, label_vocab, listed
 from .engines.passes import find_traces, forked_random
 from .engines.routes import separate_pass
@@ -78,6 +79,7 @@ def self_confidence(
 # %% ../nbs/15_interpret.ipynb #0e2ee762
 class MetaInterpretation:
     "What was seen of each training item in the last fit of a `Learner` with a `MetaReweightCallback`."
+    checks = None # of some items, by position: is the label right?
     def __init__(self,
         learn:Learner, # It has the data, and the model for `explain`
         reweight:MetaReweightCallback, # Its callback
@@ -138,9 +140,21 @@ class MetaInterpretation:
         return found.where(found.index.isin(seen.index), targets)
 
     def label_quality(self)->pd.Series: # By position, from 0 (suspicious) to 1
-        "How far each label can be believed: what the callback's `label_quality` tells, if it has one, or else `self_confidence`."
+        """How far each label can be believed: what the callback's `label_quality` tells, if it has one, or else `self_confidence`; corrected
+        by what `calibrate` was told."""
+        return self._before_checks() if self.checks is None else self._after_checks(self.checks)
+
+    def _before_checks(self):
+        "What the training tells."
         found = self.reweight.label_quality()
         return self_confidence(self.ledger.item_evidence()) if found is None else found.label_quality
+
+    def _after_checks(self, checks):
+        "The same, corrected."
+        quality,classes = self._before_checks(),self.classes()
+        labels = np.zeros(len(quality), int) if classes is None else pd.factorize(classes[quality.index], use_na_sentinel=False)[0]
+        numbers = quality.to_numpy(),labels,quality.index.get_indexer(checks.index),checks.to_numpy()
+        return pd.Series(recalibrated(*map(torch.tensor, numbers)).numpy(), quality.index, name=quality.name)
 
     def table(self,
         by:str|None=None, # Most suspicious first: 'label_quality' (the lowest) or 'loss' (the largest); default: in the order of the items
@@ -197,6 +211,14 @@ class MetaInterpretation:
         return df.groupby('label', sort=True)[df.columns.tolist()].head(n).sort_values('label', kind='stable') if per_class else df.head(n)
 
 # %% ../nbs/15_interpret.ipynb #4d961fbb
+def _checked_positions(name, positions, n):
+    "Raise `ValueError` for what is no position of a training item."
+    positions = [int(i) if isinstance(i, (np.integer, Tensor)) else i for i in positions]
+    for i in positions:
+        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < n:
+            raise ValueError(f'{name} has {i!r}, but must have positions of training items, from 0 to {n - 1}')
+    return positions
+
 def _as_image(x):
     "Is this an image, or a tensor that can be shown as one?"
     if isinstance(x, Tensor): return x.ndim == 3 and x.shape[0] in (1, 3) and (x.is_floating_point() or x.dtype is torch.uint8)
@@ -238,30 +260,53 @@ def show_label_issues(self:MetaInterpretation,
     per_class:bool=False, # `n` items of each class, class by class?
     by:str='label_quality', # As for `table`
     max_len:int=150, # Number of characters of a text that are shown
+    items:Iterable[int]|None=None, # Positions of items to show instead, such as those of `items_to_check`
     **kwargs, # For fastai's `get_grid`, such as `figsize` and `ncols`
 )->list[Axes]|pd.DataFrame: # The axes with images; for other items a table
     "Show the items whose labels are the most suspicious, with the label as it is and the suggested one, if there is one (not with MixUp)."
-    issues,ds = self.label_issues(n, label, per_class, by),self.dataset
+    if items is None: issues = self.label_issues(n, label, per_class, by)
+    else: issues = self.table().loc[_checked_positions('items', items, self.ledger.n_items)]
+    if not len(issues): raise ValueError('items is empty, but must have positions of training items')
+    ds = self.dataset
     if not _as_image(_input_of(ds, issues.index[0])):
         rows = [dict(label=r.label, suggested=r.get('suggested'), label_quality=r.label_quality) | _in_words(ds, i, max_len)
             for i,r in issues.iterrows()]
         return pd.DataFrame(rows, index=issues.index)
-    if per_class: kwargs = dict(ncols=n) | kwargs
+    if per_class and items is None: kwargs = dict(ncols=n) | kwargs
     if not {'figsize','imsize'} & set(kwargs): kwargs['imsize'] = 2
     axs = get_grid(len(issues), layout='constrained', **kwargs)
     for ax,(i,row) in zip(axs, issues.iterrows()): _show_on(ax, _input_of(ds, i), f'item {i}: {_title(row)}')
     return axs
 
+# %% ../nbs/15_interpret.ipynb #f5f7ea30
+@patch
+def items_to_check(self:MetaInterpretation,
+    n:int=200, # Number of items; all, if there are not so many
+    seed:int=0, # Seed of the draw
+)->list[int]: # Their positions
+    "Draw items for a person to look at, of all that were visited; raises `ValueError` if `n` is no number of items."
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f'n={n!r} must be a number of items, 1 or more')
+    return sorted(np.random.default_rng(seed).permutation(self._before_checks().index)[:n].tolist())
+
+@patch
+def calibrate(self:MetaInterpretation,
+    items:Iterable[int], # Positions of the items that were looked at, drawn at random, such as those of `items_to_check`
+    wrong:Iterable[int]=(), # Positions of those whose label is wrong
+)->float: # The share of right labels among all items, as far as can be told
+    """Let `label_quality`, and all that goes by it, be what a look at some labels has shown; once more, to replace it. Raises `ValueError` for
+    positions that can't be."""
+    items,wrong = (_checked_positions(k, v, self.ledger.n_items) for k,v in (('items', items), ('wrong', wrong)))
+    if not items: raise ValueError('items is empty, but must have positions of items that were looked at, such as 200 of items_to_check()')
+    unknown = sorted(set(wrong) - set(items))
+    if unknown: raise ValueError(f'wrong has {listed(unknown)}, which is not in items: name all that were looked at there')
+    unseen = sorted(set(items) - set(self._before_checks().index))
+    if unseen: raise ValueError(f'items has {listed(unseen)}, of which nothing is known: the training has not visited it')
+    items = list(dict.fromkeys(items))
+    self.checks = pd.Series(~np.isin(items, wrong), items)
+    return float(self.label_quality().mean())
+
 # %% ../nbs/15_interpret.ipynb #e19fecb7
 _parts = 'train','valid','meta','test'
-
-def _checked_positions(name, positions, n):
-    "Raise `ValueError` for what is no position of a training item."
-    positions = [int(i) if isinstance(i, (np.integer, Tensor)) else i for i in positions]
-    for i in positions:
-        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < n:
-            raise ValueError(f'{name} has {i!r}, but must have positions of training items, from 0 to {n - 1}')
-    return positions
 
 def _part_frame(ds, labels):
     "The items of one part as a table."
@@ -424,20 +469,28 @@ def plot_ess(self:MetaInterpretation,
     return ax
 
 @patch
+def _of_halves(self:MetaInterpretation):
+    "How each half of the checked items is judged by the other."
+    halves = self.checks.iloc[::2],self.checks.iloc[1::2]
+    rows = [dict(quality=self._after_checks(a)[b.index].to_numpy(), right=b.to_numpy(float)) for a,b in (halves, halves[::-1])]
+    return pd.concat(map(pd.DataFrame, rows), ignore_index=True)
+
+@patch
 def plot_quality(self:MetaInterpretation,
     n_groups:int=5, # Number of groups between 0 and 1
     ax:Axes|None=None, # Where to draw
     figsize:tuple|None=None, # Width and height in inches, if there is no `ax`
 )->Axes: # With one line and the diagonal
-    "Plot how often labels of a quality are right, among the trusted; raises `ValueError` if the quality has not been calibrated on these."
-    df = self.reweight.calibration()
+    """Plot how often labels of a quality are right, among the checked or else the trusted; raises `ValueError` if the quality has not been
+    calibrated on these."""
+    df = self.reweight.calibration() if self.checks is None else self._of_halves()
     if df is None: raise ValueError(
         'label_quality has not been calibrated: what table() has is how probable the model itself finds each label, and not the share '
-        'of such labels that are right. Train with MetaReweightCallback(meta_dl, calibrate=True)')
+        'of such labels that are right. Train with MetaReweightCallback(meta_dl, calibrate=True), or look at some labels for `calibrate`')
     df = df.groupby((df.quality*n_groups).clip(upper=n_groups - 1).astype(int)).mean()
     ax = _axes(ax, figsize or (5, 5))
     ax.plot([0, 1], [0, 1], color='0.4', linewidth=1, linestyle='--', label='as it should be')
-    ax.plot(df.quality, df.right, **_style(0), label='trusted examples')
+    ax.plot(df.quality, df.right, **_style(0), label='trusted examples' if self.checks is None else 'checked items')
     ax.set(xlabel='label quality, mean of the group', ylabel='share of the labels that are right', xlim=(0, 1), ylim=(0, 1),
         title='Is label quality what it says?', aspect='equal')
     ax.legend(loc='upper left', frameon=False)

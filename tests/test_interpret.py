@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader as TorchLoader, SubsetRandomSampler, Ten
 from conftest import cnn, digits, images, labels, make_dls, meta, tensors, train, valid
 from fastai_l2rw.all import MetaInterpretation, MetaReweightCallback, MetaWeightNetCallback, PartSplitter
 from fastai_l2rw.interpret import item_sources
+from fastai_l2rw.quality import recalibrated
 from fastai_l2rw.ledger import Ledger
 
 @pytest.fixture(autouse=True)
@@ -434,6 +435,36 @@ def test_a_quality_of_the_callback_is_taken(make_learner):
     line = next(o for o in ax.lines if o.get_label() == 'trusted examples')
     assert line.get_xydata().tolist() == [[0.1, 0.2], [0.5, 0.4], [0.9, 1.]]
     assert ax.get_xlabel() and ax.get_ylabel()
+
+def test_checked_items_correct_the_quality(make_learner):
+    learn,_ = trained(make_learner)
+    interp = MetaInterpretation.from_learner(learn)
+    before = interp.label_quality()
+    items = interp.items_to_check(30)
+    assert items == interp.items_to_check(30) != interp.items_to_check(30, seed=1) and len(set(items)) == 30
+    assert interp.items_to_check(1000) == before.index.tolist()
+    wrong = items[::3]
+    share = interp.calibrate(np.array(items), torch.tensor(wrong))
+    found = interp.label_quality()
+    assert share == pytest.approx(found.mean()) and abs(share - 2/3) < 0.1 < abs(before.mean() - 2/3) and found.index.equals(before.index)
+    assert [found[i] for i in items] == [float(i not in wrong) for i in items]
+    codes = {k: j for j,k in enumerate(dict.fromkeys(interp.classes()[before.index]))}
+    at,right = torch.tensor([before.index.get_loc(i) for i in items]),torch.tensor([i not in wrong for i in items])
+    want = recalibrated(torch.tensor(before.to_numpy()), torch.tensor([codes[k] for k in interp.classes()[before.index]]), at, right)
+    np.testing.assert_allclose(found, want, atol=1e-6)
+    assert interp.table('label_quality').index[:len(wrong)].sort_values().tolist() == sorted(wrong)
+    axs = interp.show_label_issues(items=items[:5])
+    assert [o.get_title().split(':')[0] for o in axs[:5]] == [f'item {i}' for i in items[:5]]
+    line = interp.plot_quality().lines[1] # each half by the other, so they are not 0 and 1
+    assert line.get_label() == 'checked items' and 0 < line.get_xdata().min() and line.get_xdata().max() < 1
+    for given,message in [(dict(items=[]), 'items is empty'), (dict(items=[80]), 'items has 80, but must have positions'),
+            (dict(items=[1], wrong=[1, 2]), 'wrong has 2, which is not in items'), (dict(items=[1], wrong=['a']), "wrong has 'a'")]:
+        with pytest.raises(ValueError, match=message): interp.calibrate(**given)
+    pd.testing.assert_series_equal(interp.label_quality(), found) # what was there is kept
+    for n in (0, 1.5, True):
+        with pytest.raises(ValueError, match=f'n={n} must be a number of items'): interp.items_to_check(n)
+    with pytest.raises(ValueError, match='items is empty'): interp.show_label_issues(items=[])
+    assert interp.calibrate(items) > share # all are right
 
 # ---- plots
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fastai_l2rw.callback import MetaReweightCallback
 from fastai_l2rw.data.core import label_noise
 from fastai_l2rw.interpret import MetaInterpretation
-from fastai_l2rw.quality import CalibratedWeigher, LabelQuality, label_quality, sharpness, true_classes
+from fastai_l2rw.quality import CalibratedWeigher, LabelQuality, label_quality, recalibrated, sharpness, true_classes
 from fastai_l2rw.schemes import weighting_scheme
 
 # ---- the functions
@@ -63,6 +63,64 @@ def test_what_does_not_fit_is_named(given, message):
         trusted_log_probs=torch.zeros(2, 2), trusted_labels=torch.zeros(2).long())
     assert label_quality(**good).label_quality.between(0, 1).all()
     with pytest.raises(ValueError, match=message): label_quality(**good | given)
+
+# ---- checked labels
+
+def checked_case(n=3000, k=200, seed=0):
+    "Labels that look better than they are, those of class 2 worse than others."
+    rng = np.random.default_rng(seed)
+    labels,said = rng.integers(0, 4, n),rng.beta(2, 1, n)
+    right = rng.random(n) < said**3*np.where(labels == 2, 0.5, 1)
+    return tuple(map(torch.as_tensor, (said, labels, rng.permutation(n)[:k], right)))
+
+def test_checked_labels_count_as_by_another_optimizer():
+    "The same prior and likelihood, item by item, with derivatives by autograd."
+    said,labels,items,right = checked_case()
+    place = torch.tensor([(said < o).sum() + ((said == o).sum() + 1)/2 for o in said])/len(said)
+    factor,number,bumps,of_label = (torch.tensor(o, dtype=torch.double, requires_grad=True) for o in (1., 0., [0.]*5, [0.]*4))
+    def odds(i):
+        bump = sum(bumps[c]*torch.exp(-(place[i] - c/4)**2/(2*0.25**2)) for c in range(5))
+        return factor*torch.log(said[i]/(1 - said[i])) + number + bump + of_label[labels[i]]
+    optimizer = torch.optim.LBFGS([factor, number, bumps, of_label], max_iter=200, line_search_fn='strong_wolfe', tolerance_change=1e-12)
+    def cost():
+        optimizer.zero_grad()
+        found = 2*(factor - 1)**2 + 0.05*number**2 + 0.15*bumps.square().sum() + 0.5*of_label.square().sum()
+        for i in items: found = found - F.logsigmoid(odds(i) if right[i] else -odds(i))
+        found.backward()
+        return found
+    optimizer.step(cost)
+    others = np.setdiff1d(np.arange(3000), items)[:300]
+    want = torch.stack([odds(i) for i in others]).sigmoid().detach()
+    np.testing.assert_allclose(recalibrated(said, labels, items, right[items])[others], want, atol=2e-4)
+
+def test_checked_labels_mend_each_label_and_each_tenth():
+    said,labels,items,right = checked_case(20_000, 2000)
+    now = recalibrated(said.float(), labels, items, right[items])
+    assert now.dtype == torch.float32 and torch.equal(now[items], right[items].float())
+    others = np.setdiff1d(np.arange(20_000), items)
+    gap = lambda q, at: abs(float(q[at].double().mean() - right[at].double().mean()))
+    tenths = np.array_split(others[np.argsort(now[others])], 10)
+    assert max(gap(now, o) for o in tenths) < 0.05 < 0.2 < max(gap(said, o) for o in tenths)
+    by_label = [others[labels[others] == c] for c in range(4)]
+    assert max(gap(now, o) for o in by_label) < 0.03 < 0.2 < min(gap(said, o) for o in by_label)
+
+def test_few_checked_labels_change_little():
+    said,labels,items,right = checked_case()
+    others = np.setdiff1d(np.arange(3000), items)
+    np.testing.assert_allclose(recalibrated(said, labels, items[:0], right[:0]), said, atol=1e-5)
+    one,many = ((recalibrated(said, labels, items[:k], right[items[:k]]) - said)[others].abs().mean() for k in (1, 200))
+    assert one < many/2 and many > 0.15
+
+@pytest.mark.parametrize('given, message', [
+    (dict(labels=torch.zeros(2).long()), r'labels has the shape \(2,\) and quality \(3,\)'),
+    (dict(right=torch.tensor([True])), r'right has the shape \(1,\) and items \(2,\)'),
+    (dict(items=torch.tensor([0, 3])), 'items has numbers from 0 to 3, but must have positions below 3'),
+    (dict(items=torch.tensor([-1, 0])), 'items has numbers from -1'),
+    (dict(labels=torch.tensor([0, -1, 0])), 'labels has numbers from -1 to 0, but must have classes')])
+def test_what_does_not_fit_of_checks_is_named(given, message):
+    good = dict(quality=torch.full((3,), 0.5), labels=torch.zeros(3).long(), items=torch.tensor([0, 2]), right=torch.tensor([True, False]))
+    assert recalibrated(**good)[1].item() == pytest.approx(0.5, abs=0.05)
+    with pytest.raises(ValueError, match=message): recalibrated(**good | given)
 
 # ---- in a fit
 
@@ -207,7 +265,12 @@ def test_wrong_labels_are_found():
     assert table.label_quality.tolist() == sorted(found.label_quality)
     df = learn.meta_reweight.calibration()
     assert len(df) == 40 and df.right.sum() == 20 and roc_auc_score(df.right, df.quality) > 0.9
-    assert MetaInterpretation.from_learner(learn).plot_quality().get_ylabel()
+    interp = MetaInterpretation.from_learner(learn)
+    assert interp.plot_quality().lines[1].get_label() == 'trusted examples'
+    items = interp.items_to_check(60)
+    assert interp.calibrate(items, wrong=[i for i in items if WRONG[i]]) == pytest.approx((~WRONG).mean(), abs=0.1)
+    assert interp.plot_quality().lines[1].get_label() == 'checked items'
+    assert roc_auc_score(WRONG, -interp.table().label_quality) > auc - 0.02
 
 def test_right_labels_are_left_alone():
     "With right labels the weights are those of inverse frequency in the end."
