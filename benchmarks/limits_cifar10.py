@@ -70,7 +70,7 @@ def main(
     seeds:int=3, # Number of seeds
     lr:float=0.01, # Learning rate
     epochs:int=30, # Number of epochs
-    schemes:str='weighted sampler,robust,robust augmented', # Names in `variants`, with commas between them
+    schemes:str='weighted sampler,robust,robust margin 3', # Names in `variants`, with commas between them
     not_augmented:store_true=False, # Train without shifted and mirrored images?
     out:Path=Path('results/limits_cifar10.md'), # File of the result
 ):

@@ -61,7 +61,6 @@ class MetaReweightCallback(Callback):
         params:Callable|None=None, # `params(model)` gives the parameters to look ahead along; default: all that the optimizer moves
         engine:str='auto', # 'auto': the Learner's own pass, or its graph where in doubt; 'forward', 'reverse': a separate pass of that kind
         lookahead:str='sgd', # Look ahead along a step of plain SGD ('sgd', as in the paper) or of the Learner's own optimizer ('opt')
-        augment:bool=False, # Apply the batch transforms of training to trusted batches? For fastai's loaders that don't draw by weights
         every:int=1, # Number of steps for which the gradient on a trusted batch is used
         start:int=0, # Number of epochs of plain training before the reweighting begins, in each fit
         skip_zeros:bool=False, # Leave examples with weight zero out of the training pass? Not where examples act on each other
@@ -311,14 +310,13 @@ class MetaWeightNetCallback(MetaReweightCallback):
         params:Callable|None=None, # `params(model)` gives the parameters to look ahead along; default: all that the optimizer moves
         engine:str='auto', # 'auto', 'forward' or 'reverse', as for `MetaReweightCallback`
         lookahead:str='sgd', # Look ahead along a step of plain SGD ('sgd', as in the paper) or of the Learner's own optimizer ('opt')
-        augment:bool=False, # Apply the batch transforms of training to trusted batches? For fastai's loaders that don't draw by weights
         start:int=0, # Number of epochs of plain training before the weighting begins, in each fit
         record:bool=True, # Keep what was seen of each item, for `item_weights` and `MetaInterpretation`?
     ):
         check_whole_numbers(hidden=(hidden, 1))
         if not net_lr > 0: raise ValueError(f'net_lr={net_lr!r} must be a learning rate above 0')
         if not net_wd >= 0: raise ValueError(f'net_wd={net_wd!r} must be a weight decay, 0 or more')
-        super().__init__(meta_dl, params=params, engine=engine, lookahead=lookahead, augment=augment, start=start, record=record)
+        super().__init__(meta_dl, params=params, engine=engine, lookahead=lookahead, start=start, record=record)
         store_attr('hidden,net_lr,net_wd,normalised')
         self.weigher = LossWeigher(hidden, net_lr, net_wd, normalised)
 

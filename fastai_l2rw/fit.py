@@ -291,7 +291,7 @@ class Fit:
         n_inp,classes = getattr(learn.dls, 'n_inp', None),class_names(learn.dls)
         if owner.calibrate: check_room(self.n_items or 0, len(classes), self.device)
         if self.keys: n_inp = self.keys.n_inp
-        self.trusted = TrustedBatches(self.find_meta_dl(), self.device, n_inp, classes, self.seed, owner.augment)
+        self.trusted = TrustedBatches(self.find_meta_dl(), self.device, n_inp, classes, self.seed)
         if self.keys: self.trusted.prepare = self.keys.without_keys
         if owner.lookahead == 'opt': check_lookahead(learn.opt, self.params)
         late = [k for k,p in self.params.items() if getattr(p, '_post_accumulate_grad_hooks', None)]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler, SequentialSampler
 from fastai.callback.core import Callback
-from fastai.data.core import DataLoaders, Pipeline
+from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.tabular.core import Tabular
 from fastai.torch_core import rank_distrib, to_device
@@ -266,18 +266,16 @@ def _even_batch_size(n, bs):
     n_batches = -(-n // bs)
     return -(-n // n_batches)
 
-def _shuffled(dl, augment=False):
-    "`dl`, or a copy of it that shuffles, with the batch transforms of training if wanted; `None` if neither can be had."
-    if isinstance(dl, DataLoader) and dl.indexed and dl.bs and dl.n: return _shuffled_fastai(dl, augment)
+def _shuffled(dl):
+    "`dl`, or a copy of it that shuffles; `None` if neither can be had."
+    if isinstance(dl, DataLoader) and dl.indexed and dl.bs and dl.n: return _shuffled_fastai(dl)
     if isinstance(dl, torch.utils.data.DataLoader) and _can_be_shuffled(dl): return _shuffled_torch(dl)
 
-def _shuffled_fastai(dl, augment):
+def _shuffled_fastai(dl):
     weights = getattr(dl, 'wgts', None)
     if weights is not None and dl.shuffle and np.ptp(weights) > 0: return dl # draws by weights, which `new` would lose
     dl = dl.new(shuffle=True, drop_last=False, bs=_even_batch_size(dl.n, dl.bs), num_workers=0)
     if weights is not None: dl.get_idxs = partial(DataLoader.get_idxs, dl) # tabular loaders draw with replacement
-    if augment and isinstance(dl.after_batch, Pipeline):
-        dl.after_batch = Pipeline(dl.after_batch, split_idx=0).__call__ # a method, since each pass would reset a Pipeline
     return dl
 
 def _can_be_shuffled(dl):
@@ -404,10 +402,9 @@ class TrustedBatches:
         n_inp:int|Callable|None=None, # How many elements of a batch are inputs, or a function of it; default: all but the last
         classes:Sequence=(), # Names of the classes, by label
         seed:int=0, # Seed of the order and of random transforms
-        augment:bool=False, # Apply the batch transforms of training, if `dl` is one of fastai's that does not draw by weights?
         like:list[tuple[str,tuple]]|None=None, # `label_kind` of the labels of a training batch, if known; can be set later
     ):
-        self.dl,self.device,self.n_inp,self.seed,self.augment,self.like = dl,device,n_inp,seed,augment,like
+        self.dl,self.device,self.n_inp,self.seed,self.like = dl,device,n_inp,seed,like
         self.can_begin = True # can it begin a new order?
         self.prepare = None # a function of each batch, before it is split into inputs and labels
         self.cache = _ItemCache(device)
@@ -424,7 +421,7 @@ class TrustedBatches:
         self.epoch = epoch
         if not self.can_begin: return
         self.n_read = 0
-        with self._forked(): dl = _shuffled(self.dl, self.augment)
+        with self._forked(): dl = _shuffled(self.dl)
         self.can_begin = dl is not None
         if dl is None: dl = self.dl
         elif dl is not self.dl: dl = _with_cache(dl, self.cache)

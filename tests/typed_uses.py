@@ -14,7 +14,7 @@ from fastai_l2rw.studies.grids import Grid, Results, run_grid
 
 def a_learner(dls:DataLoaders, model:nn.Module)->pd.DataFrame:
     held,meta_dl = hold_out_meta(dls, 5, get_y='label', groups=None, seed=1)
-    cb = MetaReweightCallback(meta_dl, engine='auto', params=lambda m: m[-1].parameters(), lookahead='sgd', augment=True, every=4, start=1,
+    cb = MetaReweightCallback(meta_dl, engine='auto', params=lambda m: m[-1].parameters(), lookahead='sgd', every=4, start=1,
         on_zero='uniform', relative=True, margin=1., skip_zeros=False, autocast=False, record=True)
     learn = Learner(held, model, metrics=[BalancedAccuracy(), *ClassRecall(['cat', 'dog'])], cbs=[cb])
     learn.fit(1)

@@ -184,6 +184,7 @@ def run_cifar10(
     train = partial(train_cifar10, path=str(path), human=human and str(human), device=o.device)
     title = f'CIFAR-10: {o.net}, {o.epochs} epochs, {o.meta_per_class} trusted images per class'
     if o.subset < 1: title += f', {o.subset:.0%} of the training images'
+    if o.augment: title += ', shifted and mirrored'
     threads = o.threads or (1 if o.net == 'cnn' else None)
     return run_grid(grid, train, o.out, report=partial(cifar10_report, title=title), jobs=o.jobs, threads=threads, dry_run=o.dry_run,
         apart=bool(o.apart))

@@ -24,8 +24,6 @@ variants = {o: dict(scheme=o) for o in _schemes} | {
     'reweighted margin': dict(scheme='reweighted', kwargs=dict(margin=1.)),
     'robust margin': dict(scheme='robust', kwargs=dict(margin=1.)),
     'robust margin 3': dict(scheme='robust', kwargs=dict(margin=3.)),
-    'robust augmented': dict(scheme='robust', kwargs=dict(augment=True)),
-    'robust margin 3 augmented': dict(scheme='robust', kwargs=dict(margin=3., augment=True)),
     'robust margin not relative': dict(scheme='robust', kwargs=dict(relative=False, margin=1.)),
 }
 
