@@ -90,7 +90,7 @@ def check_labelled(
     if len(labels) and not 0 <= labels.min() <= labels.max() < log_probs.shape[1]: raise ValueError(
         f'{labels_name} has numbers from {labels.min()} to {labels.max()}, but must have classes from 0 to {log_probs.shape[1] - 1}')
 
-# %% ../nbs/08a_quality.ipynb #1b06232c
+# %% ../nbs/08a_quality.ipynb #f70c1508
 def recalibrated(
     quality:Tensor, # How likely each label looks to be right, shape (n,)
     labels:Tensor, # The labels, whole numbers from 0, shape (n,)
@@ -107,17 +107,17 @@ def recalibrated(
             f'{name} has numbers from {o.min()} to {o.max()}, but must have {"classes" if n is None else f"positions below {n}"}, from 0')
     odds = quality.detach().double().cpu().clamp(1e-4, 1 - 1e-4).logit().numpy()
     labels,items,right = (o.cpu().numpy() for o in (labels, items, right))
-    bumps = np.exp(-(4*(rankdata(odds)/len(odds))[:, None] - np.arange(5))**2/2)
+    bumps = np.exp(-(8*(rankdata(odds)/len(odds))[:, None] - np.arange(9))**2/2)
     n_classes = labels.max() + 1
     of_label = labels[items][:, None] == np.arange(n_classes)
     known = np.column_stack([odds[items], np.ones(len(items)), bumps[items], of_label])
-    start = np.eye(1, 7 + n_classes)[0] # odds as they are
-    strength = np.concatenate([[4, 0.1], np.full(5, 0.3), np.ones(n_classes)]) # one over the variance of each prior
+    start = np.eye(1, 11 + n_classes)[0] # odds as they are
+    strength = np.concatenate([[4, 0.1], np.full(9, 0.3), np.ones(n_classes)]) # one over the variance of each prior
     def cost(by):
         found,moved = known@by,by - start
         return (np.logaddexp(0, found) - right*found).sum() + (strength*moved**2).sum()/2, known.T@(expit(found) - right) + strength*moved
     by = minimize(cost, start, jac=True, method='L-BFGS-B').x
-    new = expit(by[0]*odds + by[1] + bumps@by[2:7] + by[7:][labels])
+    new = expit(by[0]*odds + by[1] + bumps@by[2:11] + by[11:][labels])
     new[items] = right
     return torch.as_tensor(new).to(quality)
 

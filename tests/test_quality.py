@@ -77,9 +77,9 @@ def test_checked_labels_count_as_by_another_optimizer():
     "The same prior and likelihood, item by item, with derivatives by autograd."
     said,labels,items,right = checked_case()
     place = torch.tensor([(said < o).sum() + ((said == o).sum() + 1)/2 for o in said])/len(said)
-    factor,number,bumps,of_label = (torch.tensor(o, dtype=torch.double, requires_grad=True) for o in (1., 0., [0.]*5, [0.]*4))
+    factor,number,bumps,of_label = (torch.tensor(o, dtype=torch.double, requires_grad=True) for o in (1., 0., [0.]*9, [0.]*4))
     def odds(i):
-        bump = sum(bumps[c]*torch.exp(-(place[i] - c/4)**2/(2*0.25**2)) for c in range(5))
+        bump = sum(bumps[c]*torch.exp(-(place[i] - c/8)**2/(2*0.125**2)) for c in range(9))
         return factor*torch.log(said[i]/(1 - said[i])) + number + bump + of_label[labels[i]]
     optimizer = torch.optim.LBFGS([factor, number, bumps, of_label], max_iter=200, line_search_fn='strong_wolfe', tolerance_change=1e-12)
     def cost():
