@@ -248,7 +248,8 @@ def _in_words(ds, i, most):
 
 # %% ../nbs/15_interpret.ipynb #1db98ab2
 def _title(row):
-    "Given and suggested label of an item, and its figures, over an image."
+    "Given and suggested label of an item, and its quality, over an image; the label alone where nothing else is told."
+    if len(row) == 1: return str(row.label)
     suggested = row.get('suggested')
     label = str(row.label) if suggested is None or suggested != suggested else f'{row.label}\n→ {suggested}?'
     return f'{label}\nquality {row.label_quality:.2g}'
@@ -260,17 +261,17 @@ def show_label_issues(self:MetaInterpretation,
     per_class:bool=False, # `n` items of each class, class by class?
     by:str='label_quality', # As for `table`
     max_len:int=150, # Number of characters of a text that are shown
-    items:Iterable[int]|None=None, # Positions of items to show instead, such as those of `items_to_check`
+    items:Iterable[int]|None=None, # Positions of items to show instead, such as those of `items_to_check`, with their label alone
     **kwargs, # For fastai's `get_grid`, such as `figsize` and `ncols`
 )->list[Axes]|pd.DataFrame: # The axes with images; for other items a table
     "Show the items whose labels are the most suspicious, with the label as it is and the suggested one, if there is one (not with MixUp)."
     if items is None: issues = self.label_issues(n, label, per_class, by)
-    else: issues = self.table().loc[_checked_positions('items', items, self.ledger.n_items)]
+    else: issues = self.table()[['label']].loc[_checked_positions('items', items, self.ledger.n_items)]
     if not len(issues): raise ValueError('items is empty, but must have positions of training items')
     ds = self.dataset
     if not _as_image(_input_of(ds, issues.index[0])):
-        rows = [dict(label=r.label, suggested=r.get('suggested'), label_quality=r.label_quality) | _in_words(ds, i, max_len)
-            for i,r in issues.iterrows()]
+        said = ['label'] if items is not None else ['label','suggested','label_quality']
+        rows = [{k: r.get(k) for k in said} | _in_words(ds, i, max_len) for i,r in issues.iterrows()]
         return pd.DataFrame(rows, index=issues.index)
     if per_class and items is None: kwargs = dict(ncols=n) | kwargs
     if not {'figsize','imsize'} & set(kwargs): kwargs['imsize'] = 2
@@ -278,7 +279,7 @@ def show_label_issues(self:MetaInterpretation,
     for ax,(i,row) in zip(axs, issues.iterrows()): _show_on(ax, _input_of(ds, i), f'item {i}: {_title(row)}')
     return axs
 
-# %% ../nbs/15_interpret.ipynb #f5f7ea30
+# %% ../nbs/15_interpret.ipynb #a188072b
 @patch
 def items_to_check(self:MetaInterpretation,
     n:int=200, # Number of items; all, if there are not so many
