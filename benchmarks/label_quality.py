@@ -88,7 +88,7 @@ def reliability(quality, right):
     shown = {f'{10*k} to {10*k + 10} %': v for k,v in gaps.items() if (tenth == k).sum() >= 50}
     return shown | {'mean error': sum(abs(v)*(tenth == k).mean() for k,v in gaps.items())}
 
-def after_checks(quality, labels, right, seed, n=200, n_draws=10):
+def after_checks(quality, labels, right, seed, n=300, n_draws=10):
     """When `n` items are drawn and their labels checked: quality of the others minus the share of right labels in each tenth of these, from the most
     suspicious on, in %; and the mean error, as before. Means over draws."""
     rows = []
@@ -147,7 +147,7 @@ def report(df, command):
         def cell(table, what): return spread(g[(g.table == table) & (g.what == what)].value)
         cells = [cell('share', 'right'), cell('share', 'found'), cell('reliability', 'mean error'), *(cell('reliability', o) for o in tenths)]
         lines.append(f'| {setting} | ' + ' | '.join(cells) + ' |')
-    lines += ['', '## And after a look at 200 labels?', '', 'Of 200 items, drawn at random, it is known whether the label is right (`MetaInterpretation.calibrate`). Mean quality minus '
+    lines += ['', '## And after a look at 300 labels?', '', 'Of 300 items, drawn at random, it is known whether the label is right (`MetaInterpretation.calibrate`). Mean quality minus '
         'share of right labels in each tenth of the other items, from the most suspicious to the least; and the mean error as above. Means of ten draws in each seed.', '',
         '| | mean error | ' + ' | '.join(f'{k + 1}.' for k in range(10)) + ' |', '|---'*12 + '|']
     for setting in settings:

@@ -279,10 +279,10 @@ def show_label_issues(self:MetaInterpretation,
     for ax,(i,row) in zip(axs, issues.iterrows()): _show_on(ax, _input_of(ds, i), f'item {i}: {_title(row)}')
     return axs
 
-# %% ../nbs/15_interpret.ipynb #a188072b
+# %% ../nbs/15_interpret.ipynb #f68e09c9
 @patch
 def items_to_check(self:MetaInterpretation,
-    n:int=200, # Number of items; all, if there are not so many
+    n:int=300, # Number of items; all, if there are not so many
     seed:int=0, # Seed of the draw
 )->list[int]: # Their positions
     "Draw items for a person to look at, of all that were visited; raises `ValueError` if `n` is no number of items."
@@ -297,7 +297,7 @@ def calibrate(self:MetaInterpretation,
     """Let `label_quality`, and all that goes by it, be what a look at some labels has shown; once more, to replace it. Raises `ValueError` for
     positions that can't be."""
     items,wrong = (_checked_positions(k, v, self.ledger.n_items) for k,v in (('items', items), ('wrong', wrong)))
-    if not items: raise ValueError('items is empty, but must have positions of items that were looked at, such as 200 of items_to_check()')
+    if not items: raise ValueError('items is empty, but must have positions of items that were looked at, such as those of items_to_check()')
     unknown = sorted(set(wrong) - set(items))
     if unknown: raise ValueError(f'wrong has {listed(unknown)}, which is not in items: name all that were looked at there')
     unseen = sorted(set(items) - set(self._before_checks().index))

@@ -90,7 +90,7 @@ def check_labelled(
     if len(labels) and not 0 <= labels.min() <= labels.max() < log_probs.shape[1]: raise ValueError(
         f'{labels_name} has numbers from {labels.min()} to {labels.max()}, but must have classes from 0 to {log_probs.shape[1] - 1}')
 
-# %% ../nbs/08a_quality.ipynb #f70c1508
+# %% ../nbs/08a_quality.ipynb #011dac5d
 def recalibrated(
     quality:Tensor, # How likely each label looks to be right, shape (n,)
     labels:Tensor, # The labels, whole numbers from 0, shape (n,)
