@@ -407,6 +407,8 @@ def test_numbers_to_predict(tmp_path):
     why = interp.explain(7)
     assert why.trusted.label.isna().all() and why.trusted.pull.sum() == pytest.approx(why.alignment, rel=1e-4)
     assert interp.drop_or_relabel(relabel={7: 1.5}).label[7] == 1.5
+    assert interp.calibrate(range(20), wrong=[7]) > 0.75 > df.label_quality.mean()
+    assert interp.table('label_quality').index[0] == 7 and interp.show_label_issues(items=[3, 7]).columns.tolist() == ['label','input']
 
 def test_sources():
     from pathlib import Path
