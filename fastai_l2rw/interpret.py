@@ -79,12 +79,12 @@ def self_confidence(
 # %% ../nbs/15_interpret.ipynb #0e2ee762
 class MetaInterpretation:
     "What was seen of each training item in the last fit of a `Learner` with a `MetaReweightCallback`."
-    checks = None # of some items, by position: is the label right?
+    checks = checked_quality = None # of some items, by position: is the label right? And what follows from that
     def __init__(self,
         learn:Learner, # It has the data, and the model for `explain`
         reweight:MetaReweightCallback, # Its callback
         ledger:Ledger, # What was seen of the items of its training set
-    ): self.learn,self.reweight,self.ledger = learn,reweight,ledger
+    ): self.learn,self.reweight,self.ledger,self.judged = learn,reweight,ledger,reweight.label_quality()
 
     @classmethod
     def from_learner(cls,
@@ -142,12 +142,11 @@ class MetaInterpretation:
     def label_quality(self)->pd.Series: # By position, from 0 (suspicious) to 1
         """How far each label can be believed: what the callback's `label_quality` tells, if it has one, or else `self_confidence`; corrected
         by what `calibrate` was told."""
-        return self._before_checks() if self.checks is None else self._after_checks(self.checks)
+        return self._before_checks() if self.checks is None else self.checked_quality
 
     def _before_checks(self):
         "What the training tells."
-        found = self.reweight.label_quality()
-        return self_confidence(self.ledger.item_evidence()) if found is None else found.label_quality
+        return self_confidence(self.ledger.item_evidence()) if self.judged is None else self.judged.label_quality
 
     def _after_checks(self, checks):
         "The same, corrected."
@@ -213,7 +212,8 @@ class MetaInterpretation:
 # %% ../nbs/15_interpret.ipynb #4d961fbb
 def _checked_positions(name, positions, n):
     "Raise `ValueError` for what is no position of a training item."
-    positions = [int(i) if isinstance(i, (np.integer, Tensor)) else i for i in positions]
+    if not isinstance(positions, Iterable): raise ValueError(f'{name} is {positions!r}, but must have positions of training items')
+    positions = [i.item() if isinstance(i, (np.generic, Tensor)) else i for i in positions]
     for i in positions:
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < n:
             raise ValueError(f'{name} has {i!r}, but must have positions of training items, from 0 to {n - 1}')
@@ -264,7 +264,8 @@ def show_label_issues(self:MetaInterpretation,
     items:Iterable[int]|None=None, # Positions of items to show instead, such as those of `items_to_check`, with their label alone
     **kwargs, # For fastai's `get_grid`, such as `figsize` and `ncols`
 )->list[Axes]|pd.DataFrame: # The axes with images; for other items a table
-    "Show the items whose labels are the most suspicious, with the label as it is and the suggested one, if there is one (not with MixUp)."
+    """Show the items whose labels are the most suspicious, with the label as it is and the suggested one, if there is one (not with MixUp);
+    raises `ValueError` for positions that can't be, and as `label_issues`."""
     if items is None: issues = self.label_issues(n, label, per_class, by)
     else: issues = self.table()[['label']].loc[_checked_positions('items', items, self.ledger.n_items)]
     if not len(issues): raise ValueError('items is empty, but must have positions of training items')
@@ -279,32 +280,33 @@ def show_label_issues(self:MetaInterpretation,
     for ax,(i,row) in zip(axs, issues.iterrows()): _show_on(ax, _input_of(ds, i), f'item {i}: {_title(row)}')
     return axs
 
-# %% ../nbs/15_interpret.ipynb #f68e09c9
+# %% ../nbs/15_interpret.ipynb #8b4670c0
 @patch
 def items_to_check(self:MetaInterpretation,
     n:int=300, # Number of items; all, if there are not so many
     seed:int=0, # Seed of the draw
-)->list[int]: # Their positions
+)->list[int]: # Their positions, in random order, so that the first hundred are a random sample, too
     "Draw items for a person to look at, of all that were visited; raises `ValueError` if `n` is no number of items."
     if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f'n={n!r} must be a number of items, 1 or more')
-    return sorted(np.random.default_rng(seed).permutation(self._before_checks().index)[:n].tolist())
+    return np.random.default_rng(seed).permutation(self._before_checks().index)[:n].tolist()
 
 @patch
 def calibrate(self:MetaInterpretation,
     items:Iterable[int], # Positions of the items that were looked at, drawn at random, such as those of `items_to_check`
     wrong:Iterable[int]=(), # Positions of those whose label is wrong
 )->float: # The share of right labels among all items, as far as can be told
-    """Let `label_quality`, and all that goes by it, be what a look at some labels has shown; once more, to replace it. Raises `ValueError` for
-    positions that can't be."""
+    """Correct `label_quality`, and all that uses it, by labels that were looked at; another call takes the place of the one before. Raises
+    `ValueError` for positions that can't be."""
     items,wrong = (_checked_positions(k, v, self.ledger.n_items) for k,v in (('items', items), ('wrong', wrong)))
     if not items: raise ValueError('items is empty, but must have positions of items that were looked at, such as those of items_to_check()')
     unknown = sorted(set(wrong) - set(items))
     if unknown: raise ValueError(f'wrong has {listed(unknown)}, which is not in items: name all that were looked at there')
     unseen = sorted(set(items) - set(self._before_checks().index))
     if unseen: raise ValueError(f'items has {listed(unseen)}, of which nothing is known: the training has not visited it')
-    items = list(dict.fromkeys(items))
-    self.checks = pd.Series(~np.isin(items, wrong), items)
-    return float(self.label_quality().mean())
+    items = sorted(set(items))
+    checks = pd.Series(~np.isin(items, wrong), items)
+    self.checked_quality,self.checks = self._after_checks(checks),checks
+    return float(self.checked_quality.mean())
 
 # %% ../nbs/15_interpret.ipynb #e19fecb7
 _parts = 'train','valid','meta','test'

@@ -90,36 +90,46 @@ def check_labelled(
     if len(labels) and not 0 <= labels.min() <= labels.max() < log_probs.shape[1]: raise ValueError(
         f'{labels_name} has numbers from {labels.min()} to {labels.max()}, but must have classes from 0 to {log_probs.shape[1] - 1}')
 
-# %% ../nbs/08a_quality.ipynb #011dac5d
+# %% ../nbs/08a_quality.ipynb #5e80f5b9
 def recalibrated(
-    quality:Tensor, # How likely each label looks to be right, shape (n,)
+    quality:Tensor, # How likely each label looks to be right, from 0 to 1, shape (n,)
     labels:Tensor, # The labels, whole numbers from 0, shape (n,)
     items:Tensor, # Positions of items whose labels have been checked, drawn at random, shape (k,)
     right:Tensor, # Were they right? Shape (k,)
 )->Tensor: # Shape (n,); for the checked items, 1 where the label was right and 0 where not
     """How likely each label is right, as far as checked labels of others tell, by logistic regression (after Platt 1999); raises `ValueError`
     for what does not fit."""
-    for name,o,like,like_name in (('labels', labels, quality, 'quality'), ('right', right, items, 'items')):
-        if o.shape != like.shape or o.ndim != 1: raise ValueError(
-            f'{name} has the shape {tuple(o.shape)} and {like_name} {tuple(like.shape)}, but both must have one number an item')
-    for name,o,n in (('labels', labels, None), ('items', items, len(quality))):
-        if len(o) and (o.min() < 0 or n is not None and o.max() >= n): raise ValueError(
-            f'{name} has numbers from {o.min()} to {o.max()}, but must have {"classes" if n is None else f"positions below {n}"}, from 0')
-    odds = quality.detach().double().cpu().clamp(1e-4, 1 - 1e-4).logit().numpy()
-    labels,items,right = (o.cpu().numpy() for o in (labels, items, right))
-    bumps = np.exp(-(8*(rankdata(odds)/len(odds))[:, None] - np.arange(9))**2/2)
-    n_classes = labels.max() + 1
-    of_label = labels[items][:, None] == np.arange(n_classes)
-    known = np.column_stack([odds[items], np.ones(len(items)), bumps[items], of_label])
+    _check_checks(quality, labels, items, right)
+    if not len(items): return quality.clone()
+    odds,quality_now = quality.detach().double().cpu().clamp(1e-4, 1 - 1e-4).logit().numpy(),quality.detach().cpu().numpy()
+    labels,items,right = (o.cpu().numpy() for o in (labels, items, right.double()))
+    bumps = np.exp(-(8*(rankdata(quality_now)/len(odds))[:, None] - np.arange(9))**2/2)
+    known,n_classes = np.column_stack([odds, np.ones_like(odds), bumps])[items],labels.max() + 1
     start = np.eye(1, 11 + n_classes)[0] # odds as they are
-    strength = np.concatenate([[4, 0.1], np.full(9, 0.3), np.ones(n_classes)]) # one over the variance of each prior
+    strength = 1 + 3*start # one over the variance of each prior
     def cost(by):
-        found,moved = known@by,by - start
-        return (np.logaddexp(0, found) - right*found).sum() + (strength*moved**2).sum()/2, known.T@(expit(found) - right) + strength*moved
+        found,moved = known@by[:11] + by[11:][labels[items]],by - start
+        slope = expit(found) - right
+        slopes = np.concatenate([known.T@slope, np.bincount(labels[items], slope, n_classes)]) + strength*moved
+        return (np.logaddexp(0, found) - right*found).sum() + (strength*moved**2).sum()/2, slopes
     by = minimize(cost, start, jac=True, method='L-BFGS-B').x
     new = expit(by[0]*odds + by[1] + bumps@by[2:11] + by[11:][labels])
     new[items] = right
     return torch.as_tensor(new).to(quality)
+
+def _check_checks(quality, labels, items, right):
+    "Raise `ValueError` for what does not fit."
+    for name,o,like,like_name in (('labels', labels, quality, 'quality'), ('right', right, items, 'items')):
+        if o.shape != like.shape or o.ndim != 1: raise ValueError(
+            f'{name} has the shape {tuple(o.shape)} and {like_name} {tuple(like.shape)}, but both must have one number an item')
+    for name,o,n in (('labels', labels, None), ('items', items, len(quality))):
+        what = 'classes, from 0' if n is None else f'positions, from 0 and below {n}'
+        if len(o) and (o.is_floating_point() or o.dtype == torch.bool): raise ValueError(f'{name} has the type {o.dtype}, but must have {what}')
+        if len(o) and (o.min() < 0 or n is not None and o.max() >= n): raise ValueError(
+            f'{name} has numbers from {o.min()} to {o.max()}, but must have {what}')
+    if len(items.unique()) < len(items): raise ValueError('items has some position twice, but must have each item once')
+    if not ((quality >= 0) & (quality <= 1)).all(): raise ValueError('quality has other numbers than those from 0 to 1')
+    if not ((right == 0) | (right == 1)).all(): raise ValueError('right has other values than true and false')
 
 # %% ../nbs/08a_quality.ipynb #4f47899f
 class LabelQuality:

@@ -444,7 +444,7 @@ def test_checked_items_correct_the_quality(make_learner):
     before = interp.label_quality()
     items = interp.items_to_check(30)
     assert items == interp.items_to_check(30) != interp.items_to_check(30, seed=1) and len(set(items)) == 30
-    assert interp.items_to_check(1000) == before.index.tolist()
+    assert sorted(interp.items_to_check(1000)) == before.index.tolist() and interp.items_to_check(10) == items[:10]
     wrong = items[::3]
     share = interp.calibrate(np.array(items), torch.tensor(wrong))
     found = interp.label_quality()
@@ -460,7 +460,8 @@ def test_checked_items_correct_the_quality(make_learner):
     line = interp.plot_quality().lines[1] # each half by the other, so they are not 0 and 1
     assert line.get_label() == 'checked items' and 0 < line.get_xdata().min() and line.get_xdata().max() < 1
     for given,message in [(dict(items=[]), 'items is empty'), (dict(items=[80]), 'items has 80, but must have positions'),
-            (dict(items=[1], wrong=[1, 2]), 'wrong has 2, which is not in items'), (dict(items=[1], wrong=['a']), "wrong has 'a'")]:
+            (dict(items=[1], wrong=[1, 2]), 'wrong has 2, which is not in items'), (dict(items=[1], wrong=['a']), "wrong has 'a'"),
+            (dict(items=[0, 1], wrong=torch.tensor([True, False])), 'wrong has True'), (dict(items=7), 'items is 7, but must have positions')]:
         with pytest.raises(ValueError, match=message): interp.calibrate(**given)
     pd.testing.assert_series_equal(interp.label_quality(), found) # what was there is kept
     for n in (0, 1.5, True):

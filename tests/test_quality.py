@@ -84,7 +84,7 @@ def test_checked_labels_count_as_by_another_optimizer():
     optimizer = torch.optim.LBFGS([factor, number, bumps, of_label], max_iter=200, line_search_fn='strong_wolfe', tolerance_change=1e-12)
     def cost():
         optimizer.zero_grad()
-        found = 2*(factor - 1)**2 + 0.05*number**2 + 0.15*bumps.square().sum() + 0.5*of_label.square().sum()
+        found = 2*(factor - 1)**2 + (number**2 + bumps.square().sum() + of_label.square().sum())/2
         for i in items: found = found - F.logsigmoid(odds(i) if right[i] else -odds(i))
         found.backward()
         return found
@@ -111,12 +111,29 @@ def test_few_checked_labels_change_little():
     one,many = ((recalibrated(said, labels, items[:k], right[items[:k]]) - said)[others].abs().mean() for k in (1, 200))
     assert one < many/2 and many > 0.15
 
+def test_checks_of_a_quality_that_is_right_change_little():
+    rng = np.random.default_rng(0)
+    said,labels = torch.tensor(rng.beta(0.5, 0.5, 3000)),torch.tensor(rng.integers(0, 4, 3000))
+    right,items = torch.tensor(rng.random(3000)) < said,torch.tensor(rng.permutation(3000))
+    for k,most in ((1, 0.12), (30, 0.12), (300, 0.05)):
+        moved = (recalibrated(said, labels, items[:k], right[items[:k]]) - said)[items[k:]].abs().mean()
+        assert moved < most, k
+
+def test_the_order_of_the_least_probable_is_kept_apart():
+    said = torch.logspace(-12, -5, 50, dtype=torch.double)
+    now = recalibrated(torch.cat([said, torch.full((50,), 0.9)]), torch.zeros(100).long(), torch.tensor([60]), torch.tensor([True]))
+    assert len(now[:50].unique()) == 50
+
 @pytest.mark.parametrize('given, message', [
     (dict(labels=torch.zeros(2).long()), r'labels has the shape \(2,\) and quality \(3,\)'),
     (dict(right=torch.tensor([True])), r'right has the shape \(1,\) and items \(2,\)'),
-    (dict(items=torch.tensor([0, 3])), 'items has numbers from 0 to 3, but must have positions below 3'),
+    (dict(items=torch.tensor([0, 3])), 'items has numbers from 0 to 3, but must have positions, from 0 and below 3'),
     (dict(items=torch.tensor([-1, 0])), 'items has numbers from -1'),
-    (dict(labels=torch.tensor([0, -1, 0])), 'labels has numbers from -1 to 0, but must have classes')])
+    (dict(labels=torch.tensor([0, -1, 0])), 'labels has numbers from -1 to 0, but must have classes'),
+    (dict(items=torch.tensor([1, 1])), 'items has some position twice'),
+    (dict(items=torch.tensor([True, False])), 'items has the type torch.bool'),
+    (dict(quality=torch.tensor([0.5, torch.nan, 1.])), 'quality has other numbers'),
+    (dict(right=torch.tensor([1, -1])), 'right has other values')])
 def test_what_does_not_fit_of_checks_is_named(given, message):
     good = dict(quality=torch.full((3,), 0.5), labels=torch.zeros(3).long(), items=torch.tensor([0, 2]), right=torch.tensor([True, False]))
     assert recalibrated(**good)[1].item() == pytest.approx(0.5, abs=0.05)
