@@ -36,6 +36,7 @@ from fastai_l2rw.schemes import weighting_scheme
 from fastai_l2rw.studies.rivals import register_rivals
 
 EPOCHS,LR,BS,HIDDEN = 15,0.003,64,256
+TABLE_LR = 0.03 # for a network that learns from scratch: with 0.003, 15 epochs are too few
 FROZEN_BLOCKS = 12 # of sixteen: what they give is kept where the others are fine-tuned
 TUNED_EPOCHS = 5 # after one of the head alone
 
@@ -88,6 +89,7 @@ def _settings():
 
 CORE,MORE,TUNED = _settings()
 SETTINGS = CORE | MORE | TUNED
+def rate(setting): return TABLE_LR if SETTINGS[setting]['data'] == 'diamonds' else LR
 NOISY = [k for k,v in SETTINGS.items() if 'noise' in v or 'labels' in v]
 
 STATIC = 'unweighted','weighted sampler','inverse frequency','effective number','focal','label smoothing','logit adjustment'
@@ -270,7 +272,7 @@ def commit():
     changed = git('status', '--porcelain', '--untracked-files=no', '--', '../fastai_l2rw', '.')
     return git('rev-parse', '--short', 'HEAD') + '+'*bool(changed) or fastai_l2rw.__version__
 
-def cells(settings, schemes, seeds, lr):
+def cells(settings, schemes, seeds, lr=None):
     "What to train, in this order: the core first; of each, all settings and schemes of the first seed."
     for group in (CORE, MORE, TUNED):
         for seed in seeds:
@@ -278,9 +280,9 @@ def cells(settings, schemes, seeds, lr):
                 if setting not in settings: continue
                 for scheme in schemes:
                     if scheme == CEILING and setting not in NOISY: continue
-                    yield dict(setting=setting, scheme=scheme, seed=seed, lr=lr)
+                    yield dict(setting=setting, scheme=scheme, seed=seed, lr=lr or rate(setting))
 
-def run(files, out, settings, schemes, seeds, lr=LR, part=(1, 1), again=False):
+def run(files, out, settings, schemes, seeds, lr=None, part=(1, 1), again=False):
     "Train what is not there."
     out.mkdir(exist_ok=True, parents=True)
     register_rivals()
@@ -298,7 +300,7 @@ def run(files, out, settings, schemes, seeds, lr=LR, part=(1, 1), again=False):
         parts = made[cell['setting'], cell['seed']]
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            score,seconds = one(X, y, parts, cell['scheme'], cell['seed'], lr=lr)
+            score,seconds = one(X, y, parts, cell['scheme'], cell['seed'], lr=cell['lr'])
         add_row(store, cell | dict(balanced_accuracy=round(float(score), 3), seconds=round(seconds, 2), commit=made_by))
         print(f"{i + 1}/{len(todo)} {cell['setting']}, {cell['scheme']}, seed {cell['seed']}: {score:.1f} % in {seconds:.1f} s", flush=True)
 
@@ -308,7 +310,7 @@ def main():
     parser.add_argument('--settings', default='', help="names of settings, with semicolons between them, or 'core'; default: all")
     parser.add_argument('--schemes', default='', help='names of schemes, with commas between them; default: all')
     parser.add_argument('--seeds', type=int, default=10, help='number of seeds')
-    parser.add_argument('--lr', type=float, default=LR, help='highest learning rate')
+    parser.add_argument('--lr', type=float, help=f'highest learning rate; default: {LR}, and {TABLE_LR} for the table')
     parser.add_argument('--part', default='1/1', help='which part of the work to do, of how many')
     parser.add_argument('--again', action='store_true', help='train also what another commit has trained; the last row counts')
     parser.add_argument('--labels', nargs=2, type=Path, metavar=('FILE', 'TABLE'), help='add the labels of a table to a file of features')
