@@ -208,7 +208,7 @@ RIVALS_SAY = ('Rivals are in [studies.rivals](../../nbs/37_studies.rivals.ipynb)
     'number of steps; the last two weigh classes by inverse frequency.')
 COST_SAYS = ('Seconds are those of one CPU core. In a network as small as this one, much of the time goes into Python and not into passes; '
     '[step_cost](../step_cost/step_cost.md) has networks that are larger.')
-RATES_SAY = 'The mean over those settings and seeds that a scheme was trained in at all of these rates.'
+RATES_SAY = 'The mean over those settings and seeds that a scheme was trained in at all of these rates: those of the table.'
 
 def main():
     parser = ArgumentParser(description='Write the tables and the figure of the rows.')
