@@ -89,8 +89,11 @@ def _settings():
 
 CORE,MORE,TUNED = _settings()
 SETTINGS = CORE | MORE | TUNED
-def rate(setting): return TABLE_LR if SETTINGS[setting]['data'] == 'diamonds' else LR
 NOISY = [k for k,v in SETTINGS.items() if 'noise' in v or 'labels' in v]
+
+def rate(setting):
+    "The learning rate of all schemes in a setting."
+    return TABLE_LR if SETTINGS[setting]['data'] == 'diamonds' else LR
 
 STATIC = 'unweighted','weighted sampler','inverse frequency','effective number','focal','label smoothing','logit adjustment'
 OURS = 'reweighted','robust','calibrated'

@@ -89,12 +89,12 @@ def reliability(quality, right):
     return shown | {'mean error': sum(abs(v)*(tenth == k).mean() for k,v in gaps.items())}
 
 def after_checks(quality, labels, right, seed, n=300, n_draws=10):
-    """When `n` items are drawn and their labels checked: quality of the others minus the share of right labels in each tenth of these, from the most
-    suspicious on, in %; the largest such difference without its sign; and the mean error, as before. Means over draws."""
+    """When the labels of `n` items that are drawn are checked: quality of the others minus the share of right labels in each tenth of
+    these, from the most suspicious on, in %; the largest such difference without its sign; and the mean error. Means over draws."""
     rows = []
     for draw in range(n_draws):
         checked = np.random.default_rng([seed, draw]).permutation(len(right))[:min(n, len(right)//2)]
-        new = recalibrated(torch.as_tensor(quality), torch.as_tensor(labels), torch.as_tensor(checked), torch.as_tensor(right[checked])).numpy()
+        new = recalibrated(*map(torch.as_tensor, (quality, labels, checked, right[checked]))).numpy()
         others = np.setdiff1d(np.arange(len(right)), checked)
         others = others[np.argsort(new[others], kind='stable')]
         gaps = [100*(new[o].mean() - right[o].mean()) for o in np.array_split(others, 10)]
@@ -148,9 +148,11 @@ def report(df, command):
         def cell(table, what): return spread(g[(g.table == table) & (g.what == what)].value)
         cells = [cell('share', 'right'), cell('share', 'found'), cell('reliability', 'mean error'), *(cell('reliability', o) for o in tenths)]
         lines.append(f'| {setting} | ' + ' | '.join(cells) + ' |')
-    lines += ['', '## And after a look at 300 labels?', '', 'Of 300 items, drawn at random, it is known whether the label is right (`MetaInterpretation.calibrate`). Mean quality minus '
-        'share of right labels in each tenth of the other items, from the most suspicious to the least. Means of ten draws in each seed, so that what is left is bias; the *largest* is that of a single draw, '
-        'without its sign, in the mean. The mean error is as above. Priors of the correction were chosen on the first three seeds.', '',
+    lines += ['', '## And after a look at 300 labels?', '',
+        'Of 300 items, drawn at random, it is known whether the label is right (`MetaInterpretation.calibrate`). Mean quality minus share of '
+        'right labels in each tenth of the other items, from the most suspicious to the least. These are means of ten draws in each seed, so '
+        'that what is left is bias. The *largest* is that of a single draw, without its sign, in the mean. The mean error is as above. Priors '
+        'of the correction were chosen on the first three seeds.', '',
         '| | mean error | largest | ' + ' | '.join(f'{k + 1}.' for k in range(10)) + ' |', '|---'*13 + '|']
     for setting in settings:
         g = df[(df.setting == setting) & (df.table == 'checked')]

@@ -57,7 +57,8 @@ def main(
             print(row, lr, table[f'learning rate {lr}'][row], flush=True)
     df = pd.DataFrame(table)
     lines = ['# Options on the digits of the demo', '', f'`python benchmarks/options_digits.py --seeds {seeds} --epochs {epochs} --lrs {lrs}`',
-        f'with torch {torch.__version__}, fastai {fastai.__version__}.', '', f'Balanced accuracy on test digits in %, mean ± standard deviation over {seeds} seeds. Augmented: training images are shifted by up to one pixel.', '',
+        f'with torch {torch.__version__}, fastai {fastai.__version__}.', '', f'Balanced accuracy on test digits in %, mean ± standard deviation over {seeds} seeds. '
+            'Augmented: training images are shifted by up to one pixel.', '',
         '| | ' + ' | '.join(df) + ' |', '|---'*(1 + df.shape[1]) + '|', *('| ' + ' | '.join([i, *row]) + ' |' for i,row in zip(df.index, df.values))]
     out.mkdir(exist_ok=True)
     (out/'options_digits.md').write_text('\n'.join(lines) + '\n')

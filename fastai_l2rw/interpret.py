@@ -298,7 +298,7 @@ def calibrate(self:MetaInterpretation,
     """Correct `label_quality`, and all that uses it, by labels that were looked at; another call takes the place of the one before. Raises
     `ValueError` for positions that can't be."""
     items,wrong = (_checked_positions(k, v, self.ledger.n_items) for k,v in (('items', items), ('wrong', wrong)))
-    if not items: raise ValueError('items is empty, but must have positions of items that were looked at, such as those of items_to_check()')
+    if not items: raise ValueError('items is empty, but must have the items that were looked at, such as those of items_to_check()')
     unknown = sorted(set(wrong) - set(items))
     if unknown: raise ValueError(f'wrong has {listed(unknown)}, which is not in items: name all that were looked at there')
     unseen = sorted(set(items) - set(self._before_checks().index))

@@ -101,9 +101,10 @@ def recalibrated(
     for what does not fit."""
     _check_checks(quality, labels, items, right)
     if not len(items): return quality.clone()
-    odds,quality_now = quality.detach().double().cpu().clamp(1e-4, 1 - 1e-4).logit().numpy(),quality.detach().cpu().numpy()
+    said = quality.detach().double().cpu()
+    odds,place = said.clamp(1e-4, 1 - 1e-4).logit().numpy(),rankdata(said)/len(said)
     labels,items,right = (o.cpu().numpy() for o in (labels, items, right.double()))
-    bumps = np.exp(-(8*(rankdata(quality_now)/len(odds))[:, None] - np.arange(9))**2/2)
+    bumps = np.exp(-(8*place[:, None] - np.arange(9))**2/2) # rank, not clamped odds, tells the least probable apart
     known,n_classes = np.column_stack([odds, np.ones_like(odds), bumps])[items],labels.max() + 1
     start = np.eye(1, 11 + n_classes)[0] # odds as they are
     strength = 1 + 3*start # one over the variance of each prior
@@ -122,11 +123,11 @@ def _check_checks(quality, labels, items, right):
     for name,o,like,like_name in (('labels', labels, quality, 'quality'), ('right', right, items, 'items')):
         if o.shape != like.shape or o.ndim != 1: raise ValueError(
             f'{name} has the shape {tuple(o.shape)} and {like_name} {tuple(like.shape)}, but both must have one number an item')
-    for name,o,n in (('labels', labels, None), ('items', items, len(quality))):
-        what = 'classes, from 0' if n is None else f'positions, from 0 and below {n}'
-        if len(o) and (o.is_floating_point() or o.dtype == torch.bool): raise ValueError(f'{name} has the type {o.dtype}, but must have {what}')
-        if len(o) and (o.min() < 0 or n is not None and o.max() >= n): raise ValueError(
-            f'{name} has numbers from {o.min()} to {o.max()}, but must have {what}')
+    positions = f'positions, from 0 and below {len(quality)}'
+    for name,o,n,what in (('labels', labels, torch.inf, 'classes, from 0'), ('items', items, len(quality), positions)):
+        if not len(o): continue
+        if o.is_floating_point() or o.dtype == torch.bool: raise ValueError(f'{name} has the type {o.dtype}, but must have {what}')
+        if o.min() < 0 or o.max() >= n: raise ValueError(f'{name} has numbers from {o.min()} to {o.max()}, but must have {what}')
     if len(items.unique()) < len(items): raise ValueError('items has some position twice, but must have each item once')
     if not ((quality >= 0) & (quality <= 1)).all(): raise ValueError('quality has other numbers than those from 0 to 1')
     if not ((right == 0) | (right == 1)).all(): raise ValueError('right has other values than true and false')

@@ -90,6 +90,14 @@ def photos(tmp_path):
                 Image.fromarray(rng.integers(0, 100, (40, 40, 3)).astype(np.uint8) + np.uint8(100*k)).save(tmp_path/'photos'/part/name/f'{i}.png')
     return tmp_path/'photos'
 
+def test_what_a_look_at_some_labels_gives():
+    rng = np.random.default_rng(0)
+    truth,labels = rng.random(3000),rng.integers(0, 3, 3000)
+    right = rng.random(3000) < truth
+    after = quality.after_checks(truth**0.2, labels, right, seed=0) # far too high
+    assert len(after) == 12 and all(abs(after[f'tenth {k}']) < 6 for k in range(1, 11)) and after['mean error'] < 6 < after['largest'] + 3
+    assert quality.reliability(truth**0.2, right)['mean error'] > 25
+
 def test_features_and_blocks_of_images(photos, tmp_path, monkeypatch):
     "What the last blocks make of the activations of the first ones are the features; a few images are drawn, the same each time."
     pytest.importorskip('efficientnet_lite_pytorch')

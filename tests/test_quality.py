@@ -288,6 +288,10 @@ def test_wrong_labels_are_found():
     assert interp.calibrate(items, wrong=[i for i in items if WRONG[i]]) == pytest.approx((~WRONG).mean(), abs=0.1)
     assert interp.plot_quality().lines[1].get_label() == 'checked items'
     assert roc_auc_score(WRONG, -interp.table().label_quality) > auc - 0.02
+    before = interp.items_to_check(5),MetaInterpretation.from_learner(learn)
+    quality = before[1].label_quality()
+    fit(learn, 1, 0.1)
+    assert before[1].label_quality().equals(quality) and interp.items_to_check(5) == before[0] # a later fit changes nothing
 
 def test_right_labels_are_left_alone():
     "With right labels the weights are those of inverse frequency in the end."
